@@ -1,0 +1,1 @@
+"""The vocabulary of Baton. Imports the standard library and numpy, and nothing else."""

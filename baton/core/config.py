@@ -1,0 +1,152 @@
+"""All settings of a cluster, as frozen values with their defaults.
+
+One YAML file and the flags of ``baton serve`` use these names. The edge (``baton/cli/settings.py``)
+parses and refuses; this file only says what exists and which combinations make sense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+TransportName = Literal["auto", "shm", "tcp", "loopback"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One instance's engine."""
+
+    dtype: Dtype = "float32"
+    block_size: int = 16
+    num_blocks: int = 2048
+    """KV blocks per instance; each holds ``block_size`` tokens of all layers."""
+    max_model_len: int | None = None
+    """Longest sequence; default: the model's own limit, bounded by the cache."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    """Token budget of one step; longer prompts are prefilled in chunks of at most this."""
+    enable_prefix_cache: bool = True
+    async_scheduling: bool = True
+    """Plan step n+1 while step n runs."""
+    num_threads: int = 1
+    """CPU threads of one instance's model."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _positive(self, "block_size", "num_blocks", "max_num_seqs", "num_threads")
+        _positive(self, "max_num_batched_tokens")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                "max_num_batched_tokens must be at least max_num_seqs "
+                f"({self.max_num_batched_tokens} < {self.max_num_seqs})"
+            )
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"max_model_len must be at least 1, got {self.max_model_len}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HandoffConfig:
+    """Prefill to decode."""
+
+    transport: TransportName = "auto"
+    """``auto``: shared memory where both sides see the same arena, TCP elsewhere."""
+    lease_s: float = 30.0
+    """How long prefill holds blocks for a decode side that says nothing."""
+    pull_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "lease_s", "pull_timeout_s")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """Membership and placement."""
+
+    heartbeat_s: float = 1.0
+    dead_after_s: float = 4.0
+    """An instance that says nothing for so long is fenced."""
+    queue_timeout_s: float = 4.0
+    """How long a placement may wait for a usable pair before it is refused as retryable."""
+    max_queued_placements: int = 4096
+    trace_capacity: int = 10000
+    """How many finished requests ``baton explain`` remembers."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "heartbeat_s", "dead_after_s", "queue_timeout_s")
+        _positive(self, "max_queued_placements", "trace_capacity")
+        if self.dead_after_s <= self.heartbeat_s:
+            raise ValueError("dead_after_s must be longer than heartbeat_s")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The front door."""
+
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_n: int = 16
+    default_max_tokens: int = 128
+    default_timeout_s: float = 600.0
+    max_replays: int = 3
+    gap_timeout_s: float = 20.0
+    """Silence on a request that should be producing tokens for so long causes a replay."""
+    replay_timeout_s: float = 4.0
+    """After an instance died: how long a new placement may take before the client is told."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_body_bytes", "max_n", "default_max_tokens", "default_timeout_s")
+        _positive(self, "gap_timeout_s", "replay_timeout_s")
+        if self.max_replays < 0:
+            raise ValueError(f"max_replays must not be negative, got {self.max_replays}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Everything ``baton serve`` needs; the file's top level."""
+
+    model: str
+    served_model_name: str | None = None
+    """What clients call the model; default: the folder's name."""
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    store: str = "memory"
+    """``memory`` (one machine) or ``redis://host:port/db``."""
+    address: str | None = None
+    """An existing Ray cluster; default: an embedded one."""
+    cluster: str = "default"
+    """Names the cluster in the store and in shared memory."""
+    resources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """Ray resources per role (prefill, decode, mixed), to pin roles to nodes."""
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    handoff: HandoffConfig = dataclasses.field(default_factory=HandoffConfig)
+    controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
+    gateway: GatewayConfig = dataclasses.field(default_factory=GatewayConfig)
+
+    def __post_init__(self) -> None:
+        if min(self.prefill, self.decode, self.mixed) < 0:
+            raise ValueError("prefill, decode and mixed must not be negative")
+        has_prefill = self.prefill + self.mixed > 0
+        has_decode = self.decode + self.mixed > 0
+        if not (has_prefill and has_decode):
+            raise ValueError(
+                "at least one instance must take prefill and one must take decode: "
+                f"prefill={self.prefill} decode={self.decode} mixed={self.mixed}"
+            )
+        if self.store != "memory" and not self.store.startswith(("redis://", "rediss://")):
+            raise ValueError(f"store must be memory or redis://..., got {self.store!r}")
+        for name in ("http_port", "grpc_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ValueError(f"{name} must be between 0 and 65535, got {getattr(self, name)}")
+        unknown = set(self.resources) - {"prefill", "decode", "mixed"}
+        if unknown:
+            raise ValueError(f"resources knows prefill, decode and mixed, not {sorted(unknown)}")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")

@@ -1,0 +1,101 @@
+"""The contract between the scheduler, which decides, and the runner, which computes.
+
+``Scheduler.schedule(now) -> StepPlan`` (pure) → ``Runner.execute(plan) -> StepResult`` (device) →
+``Scheduler.commit(plan, result, now) -> [Event]`` (pure). One plan may be uncommitted while the next
+is made, so a plan never needs the previous plan's tokens on the host: a row with
+``token_ids=None`` takes the token that the runner last sampled for its slot.
+
+A *slot* is a small integer that names a sequence inside the runner, from ``SlotBegin`` until
+another ``SlotBegin`` takes the same number. The runner keeps per slot what sampling needs: the
+parameters, token counts for penalties, and the last sampled token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from baton.core.request import SamplingParams, TokenLogprobs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotBegin:
+    """A sequence takes a slot (also again, after a preemption or a handoff)."""
+
+    slot: int
+    sampling: SamplingParams
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    """Output tokens known so far; they count for the penalties."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """One sequence's row in a step."""
+
+    slot: int
+    start: int
+    """Position of the first token computed here: tokens [0, start) are in the cache."""
+    token_ids: tuple[int, ...] | None
+    """Input tokens at [start, start + n); ``None``: one token, the last one sampled for the slot."""
+    block_table: tuple[int, ...]
+    """Block numbers that cover positions [0, start + num_tokens)."""
+    sample: bool
+    """Draw a token after the last input token (a decode step, or a prompt's last chunk)."""
+    uniform: float = 0.0
+    """Philox draw for this row in [0, 1); unused for greedy rows."""
+    prompt_logprobs: bool = False
+    """Report logprobs of the tokens at positions (start, start + n] that are prompt tokens.
+
+    Row i of the result is the distribution after position start + i, i.e. of prompt token
+    start + i + 1; the last prompt position of the prompt yields no row.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens of this row."""
+        return 1 if self.token_ids is None else len(self.token_ids)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything the runner must know about one step. ``rows`` is never empty."""
+
+    step: int
+    begins: tuple[SlotBegin, ...]
+    rows: tuple[SequenceStep, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowResult:
+    """What came back for one row, in the order of ``StepPlan.rows``."""
+
+    token_id: int | None
+    """``None`` where the row did not sample."""
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """The outcome of a plan."""
+
+    step: int
+    rows: tuple[RowResult, ...]
+    seconds: float
+    """Time in ``execute``."""
+
+
+class Runner(Protocol):
+    """Computes plans. Called from one thread, in the order of ``plan.step``."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the model on all rows, write their KV, sample where asked."""
+
+    def close(self) -> None:
+        """Release the device. Idempotent."""

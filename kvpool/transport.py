@@ -1,0 +1,95 @@
+"""The seam over which KV blocks move between instances (design, "Transport").
+
+One side *exports* its paged cache and hands the :class:`Endpoint` to the other in the handoff's
+first message. The other side *pulls*: it copies whole blocks into blocks of its own cache. Bytes
+count only when the receipt says so; after any failure the destination blocks hold garbage and
+must not be published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from baton.core.errors import TransferFailed
+
+__all__ = ["BlockCopy", "Endpoint", "KVCache", "Receipt", "TransferFailed", "Transport"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Endpoint:
+    """How to reach an exported cache: one per transport, tried in the order they are listed."""
+
+    transport: str
+    """``loopback``, ``shm`` or ``tcp``."""
+    address: str
+    """Transport-specific: a name in the process, an arena file, host:port."""
+    token: str
+    """Random per export; proves that the reader reached the arena that was meant."""
+    layout: str
+    """Canonical ``KVLayout`` text; a pull between different layouts is refused."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy block ``src`` of the exporter, if it still has ``generation``, into own block ``dst``."""
+
+    src: int
+    generation: int
+    dst: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Receipt:
+    """A pull that succeeded and verified."""
+
+    num_blocks: int
+    num_bytes: int
+    seconds: float
+    transport: str
+
+
+class KVCache(Protocol):
+    """Raw bytes of a paged cache; one row per block, all layers of a block contiguous."""
+
+    @property
+    def layout(self) -> str:
+        """Canonical layout text."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the cache."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+
+    def block(self, index: int) -> memoryview:
+        """Writable bytes of one block, length ``block_bytes``."""
+
+    def run(self, start: int, count: int) -> memoryview:
+        """Writable bytes of ``count`` consecutive blocks."""
+
+    def generation(self, index: int) -> int:
+        """Raised each time the block is given to new content; 0 for a block never used."""
+
+
+class Transport(Protocol):
+    """Moves blocks. ``export`` and ``close`` are called once; ``pull`` from a transport thread."""
+
+    name: str
+
+    def export(self, cache: KVCache) -> Endpoint:
+        """Make ``cache`` readable for peers until ``close``."""
+
+    def reachable(self, endpoint: Endpoint) -> bool:
+        """Whether a pull from there can work (same process, same shared memory, ...). Bounded."""
+
+    def pull(
+        self, endpoint: Endpoint, cache: KVCache, copies: Sequence[BlockCopy], *, timeout_s: float
+    ) -> Receipt:
+        """Copy and verify. Raises TransferFailed (late, short, corrupt, stale generation, gone)."""
+
+    def close(self) -> None:
+        """Stop serving, release every thread, socket and mapping. Idempotent."""
