@@ -1,0 +1,1 @@
+"""The global scheduler: pure core, asyncio shell, Ray actor."""

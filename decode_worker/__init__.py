@@ -1,0 +1,1 @@
+"""What an instance does with an engine when it decodes what others prefilled."""

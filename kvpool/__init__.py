@@ -1,0 +1,1 @@
+"""The KV pool: layouts, arenas, leases, transports, the pool node."""

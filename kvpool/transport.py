@@ -33,7 +33,7 @@ class Endpoint:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy block ``src`` of the exporter, if it still has ``generation``, into own block ``dst``."""
+    """Copy the exporter's block ``src``, if still at ``generation``, into own block ``dst``."""
 
     src: int
     generation: int

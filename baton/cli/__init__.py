@@ -1,0 +1,1 @@
+"""The `baton` command: the only place that knows all parts."""

@@ -1,0 +1,1 @@
+"""The engine: schedule, execute, commit. Knows sequences and blocks, not roles."""

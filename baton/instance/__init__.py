@@ -1,0 +1,1 @@
+"""One instance of the cluster: driver, role behaviours, actor, launcher."""

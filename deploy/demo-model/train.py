@@ -196,18 +196,22 @@ def batches(
 
 
 def model_config(args: argparse.Namespace) -> Qwen3MoeConfig:
-    """The architecture. `train.py` owns every number; config.json is written from here."""
+    """The architecture; config.json is written from here.
+
+    No two of the matrix widths (hidden 256, queries 192, keys 64, experts 128) are equal, so that a
+    loader that mixes up two of them fails instead of computing nonsense.
+    """
     return Qwen3MoeConfig(
         vocab_size=args.vocab,
-        hidden_size=192,
-        intermediate_size=384,  # of dense layers, of which there are none
+        hidden_size=256,
+        intermediate_size=512,  # of dense layers, of which there are none
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
         num_experts=8,
         num_experts_per_tok=2,
-        moe_intermediate_size=192,
+        moe_intermediate_size=128,
         norm_topk_prob=True,
         decoder_sparse_step=1,
         mlp_only_layers=[],
@@ -300,9 +304,11 @@ def write_folder(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, out: Path) ->
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
-    # Readers of the older format look for these two names.
+    # Readers of the older format, and of the published Qwen3-MoE files, look for these names.
+    config["num_experts"] = config["num_local_experts"]
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     config["torch_dtype"] = "bfloat16"
+    (out / "model.safetensors").chmod(0o644)
     generation = {"eos_token_id": [0, 2], "pad_token_id": 0}
     tokenizer.save(str(out / "tokenizer.json"))
     tokens = {

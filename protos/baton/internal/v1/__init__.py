@@ -1,0 +1,1 @@
+"""Protos between the parts of a cluster."""
