@@ -14,7 +14,22 @@ from typing import Protocol
 
 from baton.core.errors import TransferFailed
 
-__all__ = ["BlockCopy", "Endpoint", "KVCache", "Receipt", "TransferFailed", "Transport"]
+__all__ = [
+    "BlockCopy",
+    "Endpoint",
+    "KVCache",
+    "Receipt",
+    "TransferFailed",
+    "Transport",
+    "TransportBroken",
+]
+
+
+class TransportBroken(TransferFailed):
+    """The way to the peer failed (gone, refused, reset, short, corrupt); another way may work.
+
+    A plain ``TransferFailed`` is one that no transport can mend: late, stale, another layout.
+    """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,6 +105,9 @@ class Transport(Protocol):
         self, endpoint: Endpoint, cache: KVCache, copies: Sequence[BlockCopy], *, timeout_s: float
     ) -> Receipt:
         """Copy and verify. Raises TransferFailed (late, short, corrupt, stale generation, gone)."""
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """The peer is gone: release what is kept for it. Harmless for one that is not."""
 
     def close(self) -> None:
         """Stop serving, release every thread, socket and mapping. Idempotent."""

@@ -9,190 +9,35 @@ it learns from ships with the interpreter that runs this script.
 """
 
 import argparse
-import ast
-import hashlib
 import json
 import math
-import os
 import platform
-import random
 import sysconfig
 import time
-import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The BPE trainer counts words in parallel; one thread keeps a shared machine responsive.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END]  # they take the ids 0, 1 and 2
-
-# Qwen's pre-tokenizer: a loader that rebuilds it from the model type then splits text as we did.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+from corpus import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    SPECIAL_TOKENS,
+    Corpus,
+    batches,
+    build_corpus,
+    collect,
+    render_chat,
+    train_tokenizer,
 )
-
-# Content may be a string or OpenAI's list of parts, of which a text model can use the text.
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] }}"
-    "{%- elif message['content'] %}{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}{%- endfor %}{%- endif %}"
-    "{{- '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-
-# Tests are repetitive; the others are tables or generated text that teach no Python.
-SKIPPED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-SKIPPED_DIRS |= {"encodings", "pydoc_data", "lib-dynload"}
-SKIPPED_FILES = {"entities.py", "stringprep.py"}
-HELD_OUT_EVERY = 40  # one file in so many, chosen by the hash of its path
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 SAMPLE_PROMPTS = ["def read_", "class Queue:\n", "import os\n\n\ndef "]
 SAMPLE_CHAT = "Write a Python function named `is_empty`."
-
-
-@dataclass(frozen=True)
-class Document:
-    """One source file: its path below the library folder and its text."""
-
-    name: str
-    text: str
-
-
-@dataclass
-class Corpus:
-    """Token ids of whole documents, each ended by its end-of-text token."""
-
-    train: list[torch.Tensor]
-    held_out: torch.Tensor
-    held_out_chat: torch.Tensor
-
-
-def collect(root: Path) -> tuple[list[Document], list[Document]]:
-    """Return the library's own sources as (training, held-out) documents, in path order."""
-    train: list[Document] = []
-    held_out: list[Document] = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        # `_sysconfigdata*` and `config-*` describe the machine that built the interpreter.
-        if SKIPPED_DIRS & set(relative.parts) or relative.parts[0].startswith("config-"):
-            continue
-        if path.name in SKIPPED_FILES or path.name.startswith("_sysconfigdata"):
-            continue
-        try:
-            with tokenize.open(path) as file:  # honours the file's own coding line
-                text = file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        if len(text) < 200:
-            continue
-        name = relative.as_posix()
-        digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        (held_out if digest % HELD_OUT_EVERY == 0 else train).append(Document(name, text))
-    return train, held_out
-
-
-def render_chat(messages: list[tuple[str, str]]) -> str:
-    """Format messages exactly as CHAT_TEMPLATE does (`write_folder` checks that they agree)."""
-    return "".join(f"{IM_START}{role}\n{content}{IM_END}\n" for role, content in messages)
-
-
-def chat_samples(documents: list[Document], rng: random.Random, limit: int) -> list[str]:
-    """Turn functions of the library into short conversations about completing or writing them."""
-    samples: list[str] = []
-    for document in documents:
-        try:
-            tree = ast.parse(document.text)
-        except SyntaxError:
-            continue
-        lines = document.text.splitlines()
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef) or node.end_lineno is None:
-                continue
-            body = [line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno]]
-            if not 4 <= len(body) <= 30:
-                continue
-            source = "\n".join(body)
-            doc = (ast.get_docstring(node) or "").split("\n")[0].strip().rstrip(".")
-            if rng.random() < 0.5:
-                cut = rng.randrange(1, len(body) - 1)
-                ask = rng.choice(["Complete this function:", "Continue this Python code:"])
-                user, answer = f"{ask}\n\n" + "\n".join(body[:cut]), "\n".join(body[cut:])
-            elif doc and rng.random() < 0.7:
-                user, answer = f"Write a Python function named `{node.name}`: {doc}.", source
-            else:
-                user, answer = f"Write a Python function named `{node.name}`.", source
-            messages = [("user", user), ("assistant", answer)]
-            if rng.random() < 0.25:
-                messages.insert(0, ("system", "You are a helpful assistant."))
-            samples.append(render_chat(messages))
-    rng.shuffle(samples)
-    return samples[:limit]
-
-
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: the 256 bytes are all in the vocabulary, so that no text is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def build_corpus(tokenizer: Tokenizer, stdlib: Path, seed: int, chats: int) -> Corpus:
-    """Encode the library and the conversations made from it."""
-    train, held_out = collect(stdlib)
-
-    def encode(texts: list[str]) -> list[torch.Tensor]:
-        encodings = tokenizer.encode_batch([text + END_OF_TEXT for text in texts])
-        return [torch.tensor(encoding.ids) for encoding in encodings]
-
-    chat_train = chat_samples(train, random.Random(seed), chats)
-    chat_held = chat_samples(held_out, random.Random(seed), chats)
-    return Corpus(
-        train=encode([document.text for document in train] + chat_train),
-        held_out=torch.cat(encode([document.text for document in held_out])),
-        held_out_chat=torch.cat(encode(chat_held)),
-    )
-
-
-def batches(
-    documents: list[torch.Tensor], seq_len: int, batch_tokens: int, seed: int
-) -> Iterator[torch.Tensor]:
-    """Yield shuffled [rows, seq_len + 1] windows over freshly shuffled documents, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = max(1, batch_tokens // seq_len)
-    while True:
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        stream = torch.cat([documents[index] for index in order])
-        count = (len(stream) - 1) // seq_len
-        starts = torch.randperm(count, generator=generator) * seq_len
-        for first in range(0, count - rows + 1, rows):
-            picked = starts[first : first + rows]
-            yield torch.stack([stream[at : at + seq_len + 1] for at in picked.tolist()])
 
 
 def model_config(args: argparse.Namespace) -> Qwen3MoeConfig:
@@ -217,6 +62,7 @@ def model_config(args: argparse.Namespace) -> Qwen3MoeConfig:
         mlp_only_layers=[],
         tie_word_embeddings=True,
         max_position_embeddings=8192,
+        initializer_range=args.init,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         router_aux_loss_coef=args.aux,
         bos_token_id=None,
@@ -240,13 +86,41 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
     return torch.stack(losses).mean()
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross entropy that finds its gradient on the way forward, in pieces that fit a cache.
+
+    The plain function makes several passes over fp32 logits, a quarter of a step's time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of `logits` [rows, vocab] and keep its gradient."""
+        gradient = torch.empty_like(logits)
+        total = torch.zeros(())
+        for first in range(0, len(targets), 64):
+            piece = slice(first, first + 64)
+            target = targets[piece, None]
+            probabilities = logits[piece].float().softmax(-1)
+            total -= probabilities.gather(1, target).clamp_min(1e-30).log().sum()
+            probabilities.scatter_add_(1, target, torch.full(target.shape, -1.0))
+            gradient[piece] = probabilities.mul_(1 / len(targets))
+        ctx.save_for_backward(gradient)
+        return total / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scale the gradient that was kept."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None
+
+
 def forward_loss(
     model: Qwen3MoeForCausalLM, window: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Mean next-token loss of the windows, and the router logits of every layer."""
     out = model.model(input_ids=window[:, :-1], use_cache=False, output_router_logits=True)
-    logits = model.lm_head(out.last_hidden_state).float()
-    loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    logits = model.lm_head(out.last_hidden_state).flatten(0, 1)
+    loss = CrossEntropy.apply(logits, window[:, 1:].flatten())  # type: ignore[no-untyped-call]
     return loss, out.router_logits
 
 
@@ -350,7 +224,8 @@ def train(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> tup
     # The working copy is bfloat16 and AdamW updates an fp32 master copy: the loss that training
     # lowers is then the loss of the weights that are saved.
     model = Qwen3MoeForCausalLM(model_config(args)).bfloat16()
-    model.set_attn_implementation("sdpa")
+    # Measured on one core at these lengths: 5,500 tokens/s, against 4,900 with "sdpa".
+    model.set_attn_implementation("eager")
     model.set_experts_implementation("grouped_mm")
     model.train()
     working = list(model.parameters())
@@ -405,8 +280,18 @@ def train(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> tup
     return seen, time.monotonic() - started
 
 
+def check_chat_template(folder: Path) -> None:
+    """Fail unless the written template renders conversations as the training text does."""
+    pairs = [("system", "Be brief."), ("user", "Hello,\nworld"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": content} for role, content in pairs]
+    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    if rendered != render_chat(pairs):
+        raise SystemExit(f"the chat template disagrees with the training text: {rendered!r}")
+
+
 def report(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """Measure the written folder, not the model in memory, and print samples of it."""
+    check_chat_template(args.out)
     model = Qwen3MoeForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     model.eval()
     train_part = torch.cat(corpus.train)[: len(corpus.held_out)]
@@ -418,21 +303,23 @@ def report(args: argparse.Namespace, corpus: Corpus, tokenizer: Tokenizer) -> No
 
 
 def main() -> None:
+    """Parse the command line, train, and report on what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write")
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, default=0.0, help="stop by then (0: no limit)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--warmup", type=int, default=150, help="steps")
+    parser.add_argument("--init", type=float, default=0.06, help="deviation of fresh weights")
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--aux", type=float, default=0.01, help="weight of the balance loss")
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--long-seq-len", type=int, default=512, help="of the last part")
-    parser.add_argument("--long-fraction", type=float, default=0.25)
+    parser.add_argument("--long-fraction", type=float, default=0.2)
     parser.add_argument("--chats", type=int, default=8000, help="conversations to make, at most")
     parser.add_argument("--save-minutes", type=float, default=5.0)
     parser.add_argument("--report-only", action="store_true", help="measure the existing folder")

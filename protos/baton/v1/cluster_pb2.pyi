@@ -165,6 +165,8 @@ class ClusterStatus(_message.Message):
     CONTROLLER_ADDRESS_FIELD_NUMBER: _builtins.int
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
     CONTROLLER_RSS_BYTES_FIELD_NUMBER: _builtins.int
+    CONTROLLER_METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     model: _builtins.str
     epoch: _builtins.int
@@ -175,6 +177,9 @@ class ClusterStatus(_message.Message):
     controller_address: _builtins.str
     controller_pid: _builtins.int
     controller_rss_bytes: _builtins.int
+    controller_metrics_address: _builtins.str
+    version: _builtins.int
+    """of the membership; grows with each change"""
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceStatus]: ...
     @_builtins.property
@@ -193,10 +198,12 @@ class ClusterStatus(_message.Message):
         controller_address: _builtins.str = ...,
         controller_pid: _builtins.int = ...,
         controller_rss_bytes: _builtins.int = ...,
+        controller_metrics_address: _builtins.str = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "controller_address", b"controller_address", "controller_pid", b"controller_pid", "controller_rss_bytes", b"controller_rss_bytes", "epoch", b"epoch", "instances", b"instances", "members", b"members", "model", b"model", "num_placements", b"num_placements", "num_queued_placements", b"num_queued_placements", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "controller_address", b"controller_address", "controller_metrics_address", b"controller_metrics_address", "controller_pid", b"controller_pid", "controller_rss_bytes", b"controller_rss_bytes", "epoch", b"epoch", "instances", b"instances", "members", b"members", "model", b"model", "num_placements", b"num_placements", "num_queued_placements", b"num_queued_placements", "ready", b"ready", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,18 +288,22 @@ class DrainResponse(_message.Message):
 
     DRAINED_FIELD_NUMBER: _builtins.int
     NUM_OPEN_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
     drained: _builtins.bool
     num_open: _builtins.int
     """requests still open when the call returned"""
+    ready: _builtins.bool
+    """whether the cluster still has a usable prefill and decode path"""
     def __init__(
         self,
         *,
         drained: _builtins.bool = ...,
         num_open: _builtins.int = ...,
+        ready: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "num_open", b"num_open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "num_open", b"num_open", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -448,11 +448,14 @@ class ErrorDetail(_message.Message):
     PARAM_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     message: _builtins.str
     param: _builtins.str
     stage: _builtins.str
     retryable: _builtins.bool
+    retry_after_s: _builtins.float
+    """0: not known"""
     def __init__(
         self,
         *,
@@ -461,10 +464,11 @@ class ErrorDetail(_message.Message):
         param: _builtins.str = ...,
         stage: _builtins.str = ...,
         retryable: _builtins.bool = ...,
+        retry_after_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "param", b"param", "retryable", b"retryable", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "param", b"param", "retry_after_s", b"retry_after_s", "retryable", b"retryable", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -86,8 +86,11 @@ class RegisterInstanceRequest(_message.Message):
 
     INSTANCE_FIELD_NUMBER: _builtins.int
     KNOWN_EPOCH_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     known_epoch: _builtins.int
     """highest epoch this process has seen; 0 for none"""
+    draining: _builtins.bool
+    """it was told to drain before the controller went away"""
     @_builtins.property
     def instance(self) -> Global___InstanceRecord: ...
     def __init__(
@@ -95,10 +98,11 @@ class RegisterInstanceRequest(_message.Message):
         *,
         instance: Global___InstanceRecord | None = ...,
         known_epoch: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "known_epoch", b"known_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "instance", b"instance", "known_epoch", b"known_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -419,9 +423,10 @@ class PlaceRequest(_message.Message):
     num_prompt_tokens: _builtins.int
     """including outputs so far, for a replay"""
     max_new_tokens: _builtins.int
+    """still to come"""
     priority: _builtins.int
     budget_s: _builtins.float
-    """how long it may wait for a placement"""
+    """How long it may wait for a placement; unset: as long as the controller lets it."""
     model: _builtins.str
     choice: _builtins.int
     parent_request_id: _builtins.str
@@ -438,17 +443,19 @@ class PlaceRequest(_message.Message):
         num_prompt_tokens: _builtins.int = ...,
         max_new_tokens: _builtins.int = ...,
         priority: _builtins.int = ...,
-        budget_s: _builtins.float = ...,
+        budget_s: _builtins.float | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
         model: _builtins.str = ...,
         choice: _builtins.int = ...,
         parent_request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "budget_s", b"budget_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "budget_s", b"budget_s", "choice", b"choice", "exclude", b"exclude", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "parent_request_id", b"parent_request_id", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "attempt", b"attempt", "budget_s", b"budget_s", "choice", b"choice", "exclude", b"exclude", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "parent_request_id", b"parent_request_id", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__budget_s: _TypeAlias = _typing.Literal["budget_s"]  # noqa: Y015
+    _WhichOneofArgType__budget_s: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_s) -> _WhichOneofReturnType__budget_s | None: ...
 
 Global___PlaceRequest: _TypeAlias = PlaceRequest  # noqa: Y015
 

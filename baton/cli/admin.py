@@ -1,0 +1,146 @@
+"""The operator's commands: print what the controller says."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+from rich.table import Table
+
+from baton.client.admin import AdminClient
+from baton.core.cluster import Role
+from baton.core.errors import InvalidRequest, Stage
+from protos.baton.v1 import cluster_pb2
+
+
+def status(address: str, *, as_json: bool) -> None:
+    """Print the cluster's state."""
+    with AdminClient(address) as admin:
+        reply = admin.status()
+    if as_json:
+        _print_json(reply)
+        return
+    console = Console()
+    ready = "[green]ready[/green]" if reply.ready else "[red]not ready[/red]"
+    console.print(
+        f"cluster [bold]{reply.cluster}[/bold]  model {reply.model}  epoch {reply.epoch}  {ready}  "
+        f"placements {reply.num_placements}  queued {reply.num_queued_placements}"
+    )
+    console.print(instance_table(reply))
+    members = Table("member", "id", "address", "pid", "memory")
+    members.add_row(
+        "controller",
+        "controller",
+        reply.controller_address,
+        str(reply.controller_pid),
+        _mib(reply.controller_rss_bytes),
+    )
+    for member in reply.members:
+        where = member.http_address or member.address
+        members.add_row(
+            member.kind, member.member_id, where, str(member.pid), _mib(member.rss_bytes)
+        )
+    console.print(members)
+
+
+def instance_table(reply: cluster_pb2.ClusterStatus) -> Table:
+    """One row per instance."""
+    table = Table(
+        "instance", "life", "role", "state", "wait", "run", "kv", "held", "blocks", "memory", "pid"
+    )
+    for item in reply.instances:
+        used = item.num_blocks - item.num_free_blocks
+        table.add_row(
+            item.instance_id,
+            str(item.incarnation),
+            item.role,
+            item.state,
+            str(item.num_waiting),
+            str(item.num_running),
+            str(item.num_pending_kv),
+            str(item.num_held),
+            f"{used}/{item.num_blocks}",
+            _mib(item.rss_bytes),
+            str(item.pid),
+        )
+    return table
+
+
+def set_role(address: str, instance_id: str, role: str, *, force: bool) -> None:
+    """Switch a role and say what it was."""
+    if role not in set(Role):
+        raise InvalidRequest(
+            f"role must be one of {', '.join(Role)}, got {role!r}",
+            param="role",
+            stage=Stage.CONTROL,
+        )
+    with AdminClient(address) as admin:
+        previous = admin.set_role(instance_id, Role(role), force=force)
+    print(f"{instance_id}: {previous} -> {role}")
+
+
+def drain(address: str, instance_id: str, *, wait: bool, timeout_s: float, undo: bool) -> None:
+    """Drain an instance, or take it back; exit 1 if requests were still open at the end."""
+    with AdminClient(address) as admin:
+        reply = admin.drain(instance_id, wait=wait, timeout_s=timeout_s, undo=undo)
+    if undo:
+        print(f"{instance_id}: back in service")
+    elif reply.drained:
+        print(f"{instance_id}: drained")
+    else:
+        print(f"{instance_id}: draining, {reply.num_open} requests still open")
+        if wait:
+            sys.exit(1)
+
+
+def explain(address: str, request_id: str, *, as_json: bool) -> None:
+    """Print where a request ran and when each stage happened."""
+    with AdminClient(address) as admin:
+        reply = admin.explain(request_id)
+    if as_json:
+        _print_json(reply)
+        return
+    console = Console()
+    console.print(
+        f"request [bold]{reply.request_id}[/bold]  outcome {reply.outcome} {reply.error}\n"
+        f"prompt {reply.prompt_tokens} tokens ({reply.cached_tokens} cached), "
+        f"output {reply.completion_tokens} tokens, "
+        f"TTFT {reply.ttft_s * 1000:.1f} ms, TPOT {reply.tpot_s * 1000:.2f} ms"
+    )
+    for attempt in reply.attempts:
+        prefill = f"{attempt.prefill_instance}#{attempt.prefill_incarnation}"
+        decode = f"{attempt.decode_instance}#{attempt.decode_incarnation}"
+        console.print(
+            f"choice {attempt.choice} attempt {attempt.attempt}: prefill {prefill}, "
+            f"decode {decode}; {attempt.reason} (of {attempt.num_candidates}); "
+            f"fallback {attempt.fallback or 'none'}"
+        )
+        _print_stages(console, attempt)
+
+
+def _print_stages(console: Console, attempt: cluster_pb2.AttemptTrace) -> None:
+    stages = sorted(attempt.stages, key=lambda item: item.wall_s)
+    if not stages:
+        return
+    table = Table("ms", "where", "stage", box=None)
+    start_s = stages[0].wall_s
+    for item in stages:
+        table.add_row(f"{(item.wall_s - start_s) * 1000:9.2f}", item.where, item.stage)
+    console.print(f"  from {time.strftime('%H:%M:%S', time.localtime(start_s))}")
+    console.print(table)
+
+
+def _print_json(
+    message: cluster_pb2.ClusterStatus | cluster_pb2.ExplainResponse,
+) -> None:
+    print(
+        MessageToJson(
+            message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"

@@ -1,0 +1,109 @@
+"""Settings: one YAML file and the flags, parsed once into frozen values.
+
+Unknown or wrong settings are refused with the setting's name, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from baton.core.config import ServeConfig
+from baton.core.errors import ConfigError
+
+_ADAPTER: pydantic.TypeAdapter[ServeConfig] | None = None
+
+
+def load_settings(path: Path | None, flags: dict[str, Any]) -> ServeConfig:
+    """The file's settings, overridden by the flags that were given (not ``None``).
+
+    A flag may name a nested setting with a dot (``engine.dtype``). Raises ConfigError.
+    """
+    values = _read(path) if path is not None else {}
+    for name, value in flags.items():
+        if value is not None:
+            _put(values, name, value)
+    if "model" not in values:
+        raise ConfigError("model is missing: give --model DIR or set it in the file", param="model")
+    return parse_settings(values, source=str(path) if path else "flags")
+
+
+def parse_settings(values: dict[str, Any], *, source: str) -> ServeConfig:
+    """Validate plain values. Raises ConfigError naming the first wrong setting."""
+    try:
+        # JSON mode: strict about types (no true for 1, no "3" for 3), yet takes maps for groups.
+        return _adapter().validate_json(json.dumps(values, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error, source), param=_where(error)) from error
+
+
+def _adapter() -> pydantic.TypeAdapter[ServeConfig]:
+    global _ADAPTER
+    if _ADAPTER is None:
+        config = pydantic.ConfigDict(extra="forbid")
+        for part in (ServeConfig, *_nested(ServeConfig)):
+            part.__pydantic_config__ = config
+        _ADAPTER = pydantic.TypeAdapter(ServeConfig)
+    return _ADAPTER
+
+
+def _nested(owner: type) -> list[Any]:
+    return [
+        field.default_factory
+        for field in dataclasses.fields(owner)
+        if dataclasses.is_dataclass(field.default_factory)
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"--config {path} cannot be read: {reason}", param="config") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} is not a text file", param="config") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}", param="config") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config {path} must hold settings (name: value), not a {type(values).__name__}",
+            param="config",
+        )
+    return values
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{parent} must hold settings (name: value)", param=parent)
+    values[leaf] = value
+
+
+def _where(error: pydantic.ValidationError) -> str:
+    return ".".join(str(part) for part in error.errors()[0]["loc"]) or "settings"
+
+
+def _explain(error: pydantic.ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    name, given = _where(error), first.get("input")
+    kind = first["type"]
+    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
+        return f"{source}: unknown setting {name} (value {given!r}); see docs/settings.md"
+    if kind == "value_error":
+        # A rule over several settings; the message names them.
+        place = "" if name == "settings" else f"{name}: "
+        return f"{source}: {place}{first['ctx']['error']}"
+    return f"{source}: {name} is {given!r}; expected: {first['msg']}"

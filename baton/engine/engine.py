@@ -1,0 +1,405 @@
+"""The engine as its driver sees it: submissions in, plans out, results in, events out.
+
+A pure state machine without locks, threads or clocks; it is only ever called from one event loop.
+The driver's cycle is ``admit`` → ``schedule`` → (runner) → ``commit``. A sequence's way:
+
+* ``Part.WHOLE``: waits, prefills in chunks, decodes, ends.
+* ``Part.PREFILL``: waits, prefills (``PrefillProgress`` after each chunk), draws its first token,
+  and is *held* until ``release``. Nothing is held if that token ends the request.
+* ``Part.DECODE``: waits for blocks (``Reserved``), then for bytes (``kv_arrived``), and decodes;
+  after ``kv_failed`` it computes here what did not come, like ``Part.WHOLE``.
+
+Plans are committed (or failed) in the order in which they were made. With ``async_scheduling``
+one plan may be uncommitted while the next is made, so two can be outstanding; without, one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.core.cluster import InstanceLoad
+from baton.core.config import EngineConfig
+from baton.core.errors import Code, InvalidRequest, Refused, Stage
+from baton.core.request import FinishReason, Part, Submission, TokenLogprobs
+from baton.engine.block_manager import BlockManager, BlockStatistics
+from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
+from baton.engine.plan import RowResult, StepPlan, StepResult
+from baton.engine.scheduler import PlannedRow, Scheduler
+from baton.engine.sequence import Sequence
+from baton.engine.states import LIVE_STATES, SequenceEvent, SequenceState
+
+_S, _E = SequenceState, SequenceEvent
+
+
+class Engine:
+    """Facade over sequences, blocks and scheduler. See the module's docstring."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        salt: bytes,
+        generations: npt.NDArray[np.uint64] | None = None,
+    ) -> None:
+        """``salt``: root of all block keys, at most 64 bytes. ``generations``: [num_blocks]."""
+        self.config = config
+        self.max_model_len = min(max_model_len, config.num_blocks * config.block_size)
+        self._blocks = BlockManager(
+            config.num_blocks,
+            config.block_size,
+            salt=salt,
+            enable_prefix_cache=config.enable_prefix_cache,
+            generations=generations,
+        )
+        self._scheduler = Scheduler(config, self._blocks)
+        self._sequences: dict[str, Sequence] = {}
+        self._num_submitted = 0
+        self._num_steps = 0
+        self._num_finished = 0
+        self._stalled = False
+        """Nothing could be planned with nothing outstanding, and nothing has happened since."""
+        self._late_events: list[Event] = []
+        """Events of calls that return none; the next ``admit`` or ``commit`` does."""
+
+    # Submissions.
+
+    def submit(self, submission: Submission, part: Part, now: float) -> None:
+        """Take a submission on.
+
+        Raises Refused for a ``request_id`` that is here already, and InvalidRequest
+        (``context_length_exceeded``, ``prompt``) for one that can never run here.
+        """
+        stage = Stage.DECODE if part is Part.DECODE else Stage.PREFILL
+        if submission.request_id in self._sequences:
+            raise Refused(f"request {submission.request_id} is already here", stage=stage)
+        if submission.num_tokens >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt holds {submission.num_tokens} tokens; with at least one token of "
+                f"output a sequence may have at most {self.max_model_len}",
+                code=Code.CONTEXT_LENGTH_EXCEEDED,
+                param="prompt",
+                stage=stage,
+            )
+        self._num_submitted += 1
+        sequence = Sequence(
+            submission=submission,
+            part=part,
+            rank=(-submission.priority, self._num_submitted),
+            salt=self._blocks.salt_for(tenant=submission.tenant, adapter=submission.adapter),
+            max_num_tokens=min(submission.max_total_tokens, self.max_model_len),
+            state=_S.PENDING_BLOCKS if part is Part.DECODE else _S.WAITING,
+            token_ids=[*submission.prompt_ids, *submission.output_ids],
+            stop_token_ids=frozenset(submission.sampling.stop_token_ids),
+            owes_prompt_logprobs=submission.sampling.prompt_logprobs is not None,
+        )
+        self._sequences[submission.request_id] = sequence
+        self._scheduler.add(sequence)
+        self._stalled = False
+
+    def abort(self, request_id: str) -> bool:
+        """End a sequence in any state, without an event. False if it is not here.
+
+        Its id is free at once, its blocks as soon as no uncommitted plan contains it. The blocks
+        of a ``PENDING_KV`` sequence are free at once: whoever still writes to them must have
+        stopped before.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence, _E.ABORT)
+        return True
+
+    def release(self, request_id: str) -> bool:
+        """Let go of a held prefill. False if the sequence is not held here."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state is not _S.HELD:
+            return False
+        self._end(sequence, _E.RELEASE)
+        self._num_finished += 1
+        return True
+
+    def admit(self, now: float) -> list[Event]:
+        """Reserve blocks for decode parts, in order of priority and arrival.
+
+        Call it after anything that may have freed blocks. A few blocks stay free for sequences
+        that run. ``num_cached_tokens`` tokens (whole blocks) need not be pulled.
+        """
+        events = self._take_late_events()
+        for sequence in self._scheduler.reserve():
+            blocks = sequence.block_table(len(sequence.blocks))
+            events.append(Reserved(sequence.request_id, blocks, sequence.num_committed))
+        return events
+
+    def kv_arrived(self, request_id: str, first_token: int) -> bool:
+        """All KV of the submission's tokens is in the reserved blocks, and verified.
+
+        ``first_token`` is the output token that prefill drew; the sequence goes on after it. False
+        if the sequence is not waiting for KV. Should ``first_token`` end the request here (prefill
+        saw no end, but this engine's ``max_model_len`` may be shorter), the next ``admit`` or
+        ``commit`` returns a ``TokensReady`` without tokens that says so.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state is not _S.PENDING_KV:
+            return False
+        sequence.num_computed = sequence.num_committed = sequence.submission.num_tokens
+        self._register_blocks(sequence)
+        self._go_on(sequence, _E.KV_ARRIVED, first_token)
+        return True
+
+    def kv_failed(self, request_id: str, num_valid_tokens: int, first_token: int | None) -> bool:
+        """The KV will not come (any more): compute here, as ``Part.WHOLE``.
+
+        The first ``num_valid_tokens`` tokens, rounded down to whole blocks, arrived and are
+        trusted. ``first_token``, where known, is neither drawn nor reported again. No transfer may
+        write to the blocks any more. False if the sequence waits neither for blocks nor for KV.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state not in (_S.PENDING_BLOCKS, _S.PENDING_KV):
+            return False
+        sequence.part = Part.WHOLE
+        if sequence.state is _S.PENDING_KV:
+            size = self._blocks.block_size
+            num_tokens = sequence.submission.num_tokens
+            # Where the token after the last one is still to be drawn, the last one is computed.
+            limit = num_tokens - 1 if first_token is None else num_tokens
+            trusted = min(num_valid_tokens, limit) // size * size
+            if first_token is None and sequence.owes_prompt_logprobs:
+                trusted = 0  # the logprobs of all positions must be computed here
+            trusted = max(trusted, sequence.num_committed)
+            sequence.num_computed = sequence.num_committed = trusted
+            self._register_blocks(sequence)
+        self._go_on(sequence, _E.KV_FAILED, first_token)
+        return True
+
+    def _go_on(self, sequence: Sequence, event: SequenceEvent, first_token: int | None) -> None:
+        """Leave the states of a decode part that waits."""
+        self._stalled = False
+        if first_token is not None:
+            sequence.owes_prompt_logprobs = False  # prefill reported them with this token
+            reason, stop_token_id = self._append(sequence, first_token)
+            if reason is not None:
+                self._late_events.append(
+                    TokensReady(
+                        request_id=sequence.request_id,
+                        index=sequence.next_output_index,
+                        token_ids=(),
+                        logprobs=(),
+                        finish_reason=reason,
+                        stop_token_id=stop_token_id,
+                        num_cached_tokens=sequence.num_cached_tokens or 0,
+                    )
+                )
+                self._end(sequence, _E.FINISH)
+                self._num_finished += 1
+                return
+        self._scheduler.move(sequence, event)
+
+    # Steps.
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next plan, to be executed after all earlier ones.
+
+        None where nothing can run now, or where as many plans are uncommitted as may be (two with
+        ``async_scheduling``, else one).
+        """
+        plan = self._scheduler.schedule()
+        self._stalled = plan is None and not self._scheduler.num_plans
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
+        """Take in what the runner computed for the oldest uncommitted plan.
+
+        Rows of sequences that have ended meanwhile are dropped. Raises ValueError, and changes
+        nothing, for another plan or a result that does not belong to it.
+        """
+        if result.step != plan.step or len(result.rows) != len(plan.rows):
+            raise ValueError(
+                f"the result of step {result.step} with {len(result.rows)} rows is not of "
+                f"step {plan.step} with {len(plan.rows)} rows"
+            )
+        planned = self._scheduler.retire(plan)
+        self._stalled = False
+        self._num_steps += 1
+        events = self._take_late_events()
+        for row, outcome in zip(planned, result.rows, strict=True):
+            sequence = row.sequence
+            if sequence.state is not _S.FINISHED and row.lineage == sequence.lineage:
+                self._commit_row(row, outcome, events)
+            self._scheduler.row_done(row)
+        events += self._take_late_events()
+        return events
+
+    def fail_plan(self, plan: StepPlan) -> list[str]:
+        """The runner raised on the oldest uncommitted plan: drop all of its sequences.
+
+        Returns their request ids, without those that had ended before. Raises ValueError for
+        another plan. A later plan must still be committed or failed.
+        """
+        planned = self._scheduler.retire(plan)
+        self._stalled = False
+        dropped: list[str] = []
+        for row in planned:
+            if row.sequence.state is not _S.FINISHED:
+                self._end(row.sequence, _E.ABORT)
+                dropped.append(row.sequence.request_id)
+            else:
+                self._scheduler.row_done(row)
+        return dropped
+
+    def _commit_row(self, row: PlannedRow, outcome: RowResult, events: list[Event]) -> None:
+        sequence, step = row.sequence, row.step
+        if sequence.owes_prompt_logprobs:
+            sequence.prompt_logprobs += outcome.prompt_logprobs
+        if step.sample and outcome.token_id is None:
+            self._step_back(sequence)
+            return
+        sequence.num_committed = step.start + step.num_tokens
+        sequence.num_in_flight -= step.sample
+        self._register_blocks(sequence)
+        if outcome.token_id is None or not step.sample:
+            if sequence.part is Part.PREFILL:
+                events.append(self._progress(sequence, final=False))
+            return
+        index = len(sequence.token_ids) - sequence.num_prompt_tokens
+        reason, stop_token_id = self._append(sequence, outcome.token_id)
+        if sequence.part is Part.PREFILL and reason is None:
+            events.append(self._progress(sequence, final=True))
+        logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if sequence.owes_prompt_logprobs:
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+            sequence.owes_prompt_logprobs = False
+            sequence.prompt_logprobs.clear()
+        events.append(
+            TokensReady(
+                request_id=sequence.request_id,
+                index=index,
+                token_ids=(outcome.token_id,),
+                logprobs=logprobs,
+                finish_reason=reason,
+                stop_token_id=stop_token_id,
+                num_cached_tokens=sequence.num_cached_tokens,
+                prompt_logprobs=prompt_logprobs,
+            )
+        )
+        sequence.num_cached_tokens = None
+        if reason is not None:
+            self._end(sequence, _E.FINISH)
+            self._num_finished += 1
+        elif sequence.part is Part.PREFILL:
+            self._scheduler.move(sequence, _E.HOLD)
+
+    def _step_back(self, sequence: Sequence) -> None:
+        """The runner drew nothing: the last token is computed again, later rows do not count."""
+        sequence.lineage += 1
+        sequence.num_in_flight = 0
+        sequence.num_computed = sequence.num_committed = len(sequence.token_ids) - 1
+
+    def _append(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
+        """One more output token: why it ends the request, if it does, and the stop token."""
+        sequence.token_ids.append(token)
+        if token in sequence.stop_token_ids:
+            return FinishReason.STOP, token
+        if len(sequence.token_ids) >= sequence.max_num_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _progress(self, sequence: Sequence, *, final: bool) -> PrefillProgress:
+        num_tokens = sequence.num_committed
+        if not final:
+            num_tokens -= num_tokens % self._blocks.block_size
+        blocks = sequence.block_table(self._blocks.blocks_for(num_tokens))
+        return PrefillProgress(
+            request_id=sequence.request_id,
+            num_computed_tokens=num_tokens,
+            blocks=blocks,
+            generations=self._blocks.generations_of(blocks),
+            final=final,
+        )
+
+    def _register_blocks(self, sequence: Sequence) -> None:
+        """Enter full blocks with committed content in the cache."""
+        num_full = sequence.num_committed // self._blocks.block_size
+        may_register = sequence.may_register and self._blocks.enable_prefix_cache
+        if num_full <= sequence.num_registered or not may_register:
+            return
+        keys = sequence.keys
+        self._blocks.extend_keys(keys, sequence.token_ids, salt=sequence.salt)
+        for index in range(sequence.num_registered, num_full):
+            parent = keys[index - 1] if index else None
+            if not self._blocks.register(sequence.blocks[index], keys[index], parent=parent):
+                # Another sequence was first: this block and all later ones stay private.
+                sequence.may_register = False
+                return
+            sequence.num_registered += 1
+
+    def _end(self, sequence: Sequence, event: SequenceEvent) -> None:
+        del self._sequences[sequence.request_id]
+        self._stalled = False
+        self._scheduler.move(sequence, event)
+
+    def _take_late_events(self) -> list[Event]:
+        events, self._late_events = self._late_events, []
+        preempted, self._scheduler.preempted = self._scheduler.preempted, []
+        events += [Preempted(name) for name in preempted if name in self._sequences]
+        return events
+
+    # Accounts.
+
+    def has_work(self) -> bool:
+        """Whether ``schedule`` could return a plan, now or after a commit.
+
+        False also where all that is left waits for an event from outside: KV, a release, memory
+        that held sequences own.
+        """
+        if self._scheduler.num_plans:
+            return True
+        runnable = (_S.RUNNING, _S.READY, _S.WAITING)
+        return not self._stalled and any(self._scheduler.queue(state) for state in runnable)
+
+    def load(self) -> InstanceLoad:
+        """A snapshot. Cached blocks are those that nobody references; the rest are held."""
+        count = {state: len(self._scheduler.queue(state)) for state in LIVE_STATES}
+        statistics = self._blocks.statistics()
+        return InstanceLoad(
+            num_waiting=count[_S.WAITING] + count[_S.PREEMPTED],
+            num_running=count[_S.RUNNING] + count[_S.READY],
+            num_pending_kv=count[_S.PENDING_BLOCKS] + count[_S.PENDING_KV],
+            num_held=count[_S.HELD],
+            num_waiting_tokens=sum(
+                sequence.num_uncomputed
+                for state in (_S.WAITING, _S.READY, _S.RUNNING)
+                for sequence in self._scheduler.queue(state)
+                if sequence.num_uncomputed > 1 or state is _S.WAITING
+            ),
+            num_free_blocks=statistics.num_free,
+            num_cached_blocks=statistics.num_idle,
+            num_steps=self._num_steps,
+            num_finished=self._num_finished,
+            num_preemptions=self._scheduler.num_preemptions,
+        )
+
+    def block_statistics(self) -> BlockStatistics:
+        """An account of every block, for metrics."""
+        return self._blocks.statistics()
+
+    def check_integrity(self) -> None:
+        """Account for every block, slot and sequence; raises AssertionError with details."""
+        self._scheduler.check_integrity()
+        queued = {
+            sequence.request_id
+            for state in LIVE_STATES
+            for sequence in self._scheduler.queue(state)
+        }
+        assert queued == set(self._sequences), f"queues hold {queued}, not {set(self._sequences)}"
+
+    def request_ids(self) -> list[str]:
+        """Of all sequences that have not ended."""
+        return list(self._sequences)
+
+    def state_of(self, request_id: str) -> SequenceState | None:
+        """None for a sequence that is not here, or has ended."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else sequence.state

@@ -1,0 +1,1 @@
+"""Model families: their configuration and tensors (no torch), and their forward passes."""

@@ -1,0 +1,140 @@
+"""A sequence: one submission on its way through this engine, and queues of them by rank."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+
+from baton.core.blocks import BlockKey
+from baton.core.request import Part, Submission, TokenLogprobs
+from baton.engine.states import SequenceState
+
+Rank = tuple[int, int]
+"""(negated priority, order of arrival): smaller goes first, larger is preempted first."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable; only the scheduler and the engine change it. Compared by identity.
+
+    ``0 <= num_committed <= num_computed <= len(token_ids) + num_in_flight`` holds, and
+    ``num_in_flight`` tokens that uncommitted plans will draw follow ``token_ids``.
+    """
+
+    submission: Submission
+    part: Part
+    rank: Rank
+    salt: bytes
+    """Root of its block keys."""
+    max_num_tokens: int
+    """Prompt and outputs end here, whatever is drawn."""
+    state: SequenceState
+    token_ids: list[int]
+    """Prompt, then the output tokens known so far."""
+    stop_token_ids: frozenset[int]
+    owes_prompt_logprobs: bool
+    """Logprobs of the prompt are asked for and not reported yet."""
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    keys: list[BlockKey] = dataclasses.field(default_factory=list)
+    """Keys of full blocks, computed as they are needed."""
+    num_registered: int = 0
+    """Leading blocks of the table that the cache knows."""
+    may_register: bool = True
+    """False once another sequence has entered the same content first."""
+    num_computed: int = 0
+    """Leading tokens whose KV is computed or planned."""
+    num_committed: int = 0
+    """Leading tokens whose KV is there."""
+    num_in_flight: int = 0
+    """Tokens that uncommitted plans draw."""
+    num_plans: int = 0
+    """Uncommitted plans that contain it."""
+    lineage: int = 0
+    """Raised to void the rows of uncommitted plans that build on a token that did not come."""
+    slot: int | None = None
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the cache at first; ``None`` before, and again once reported."""
+    has_looked_up: bool = False
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    _table: tuple[int, ...] = ()
+
+    @property
+    def request_id(self) -> str:
+        """Of the submission."""
+        return self.submission.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Without outputs."""
+        return len(self.submission.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens, in-flight ones included, that no plan computes yet; 1 for a decoding one."""
+        return len(self.token_ids) + self.num_in_flight - self.num_computed
+
+    @property
+    def next_output_index(self) -> int:
+        """Index among the request's outputs of the token that is drawn next."""
+        return len(self.token_ids) + self.num_in_flight - self.num_prompt_tokens
+
+    @property
+    def draws_last_token(self) -> bool:
+        """Whether an uncommitted plan draws the last token it can have here."""
+        limit = self.max_num_tokens
+        if self.part is Part.PREFILL:
+            limit = self.submission.num_tokens + 1
+        return len(self.token_ids) + self.num_in_flight >= limit
+
+    def block_table(self, num_blocks: int) -> tuple[int, ...]:
+        """The first ``num_blocks`` blocks; the whole table is copied only when it has changed."""
+        if num_blocks < len(self.blocks):
+            return tuple(self.blocks[:num_blocks])
+        if len(self._table) != len(self.blocks):
+            self._table = tuple(self.blocks)
+        return self._table
+
+    def take_blocks(self) -> list[int]:
+        """Hand over the block table and forget what was computed in it."""
+        blocks, self.blocks, self._table = self.blocks, [], ()
+        self.num_registered = self.num_computed = self.num_committed = 0
+        self.may_register = True
+        self.prompt_logprobs.clear()
+        return blocks
+
+
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank
+
+
+class RankedQueue:
+    """Sequences in the order of their rank."""
+
+    def __init__(self) -> None:
+        self._items: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._items)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        index = bisect.bisect_left(self._items, sequence.rank, key=_rank)
+        return index < len(self._items) and self._items[index] is sequence
+
+    @property
+    def first(self) -> Sequence | None:
+        """The one whose turn it is."""
+        return self._items[0] if self._items else None
+
+    def add(self, sequence: Sequence) -> None:
+        """Insert by rank."""
+        bisect.insort(self._items, sequence, key=_rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out one that is in the queue."""
+        index = bisect.bisect_left(self._items, sequence.rank, key=_rank)
+        assert self._items[index] is sequence, f"{sequence.request_id} is not in its queue"
+        del self._items[index]

@@ -1,0 +1,57 @@
+"""What one gateway process needs to know, derived once from the cluster's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from baton.core.config import GatewayConfig, ServeConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """One gateway. Ports may be 0: the system picks one, ``GatewayServer.addresses`` tells it."""
+
+    model: str
+    """Folder with config.json and, for text, tokenizer.json."""
+    served_model_name: str
+    host: str
+    http_port: int
+    grpc_port: int
+    controller_address: str
+    gateway_id: str
+    node_id: str
+    max_model_len: int | None = None
+    """Bound set by the operator or the cache; the model's own limit and what the instances
+    report bound it further."""
+    dtype: str = "float32"
+    limits: GatewayConfig = dataclasses.field(default_factory=GatewayConfig)
+    place_timeout_s: float = 10.0
+    """How long a new request waits for its first placement while the controller is away."""
+
+    def __post_init__(self) -> None:
+        if not self.gateway_id:
+            raise ValueError("gateway_id must not be empty")
+        if self.place_timeout_s <= 0:
+            raise ValueError(f"place_timeout_s must be positive, got {self.place_timeout_s}")
+
+    @classmethod
+    def from_config(
+        cls, config: ServeConfig, *, controller_address: str, gateway_id: str, node_id: str
+    ) -> GatewaySettings:
+        """The gateway of ``baton serve``."""
+        cache_tokens = config.engine.num_blocks * config.engine.block_size
+        bounds = (config.engine.max_model_len, cache_tokens)
+        return cls(
+            model=config.model,
+            served_model_name=config.served_model_name or Path(config.model).resolve().name,
+            host=config.host,
+            http_port=config.http_port,
+            grpc_port=config.grpc_port,
+            controller_address=controller_address,
+            gateway_id=gateway_id,
+            node_id=node_id,
+            max_model_len=min(bound for bound in bounds if bound is not None),
+            dtype=config.engine.dtype,
+            limits=config.gateway,
+        )

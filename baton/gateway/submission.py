@@ -1,0 +1,256 @@
+"""Runs one submission: place, submit, read tokens, and again where an instance fails.
+
+Received, queued, placed, streaming, replaying: the states are those of ``request_states.py``; the
+journal knows what the client has. This file does the waiting and the talking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Callable
+
+from baton.core.clock import Clock
+from baton.core.cluster import Placement, Target
+from baton.core.config import GatewayConfig
+from baton.core.errors import BatonError, Code, InstanceLost, Refused, Stage, Unavailable
+from baton.core.request import Part
+from baton.gateway.cluster import Cluster
+from baton.gateway.journal import Delta, Journal, Loss, LossReason
+from baton.gateway.links import Inbox, Links, Output
+from baton.gateway.request_states import State, Transition
+from protos.baton.internal.v1 import controller_pb2, instance_pb2
+from protos.convert import submission_to_record
+
+_MAX_REFUSALS = 8
+"""Refused submits in one recovery; each was a stale placement, and the next is fresher."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every submission of a gateway uses."""
+
+    cluster: Cluster
+    links: Links
+    clock: Clock
+    limits: GatewayConfig
+    place_timeout_s: float
+    on_replay: Callable[[LossReason], None]
+
+
+class SubmissionRun:
+    """One run of one journal. Iterate :meth:`deltas` once, and close it."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        surroundings: Surroundings,
+        *,
+        parent_request_id: str,
+        choice: int,
+        deadline_s: float,
+        model: str,
+    ) -> None:
+        self._journal = journal
+        self._around = surroundings
+        self._parent_request_id = parent_request_id
+        self._choice = choice
+        self._deadline_s = deadline_s
+        self._model = model
+        self._inbox = Inbox()
+        self._excluded: dict[str, None] = {}
+        self._num_replays = 0
+        self._num_refusals = 0
+        self._lost_since_s: float | None = None
+        self._parts: dict[Target, Part] = {}
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """New tokens in order; the last one carries the finish reason.
+
+        Raises BatonError when it cannot go on. Whatever ends the iteration early, also closing it,
+        ends the work in the cluster.
+        """
+        journal = self._journal
+        try:
+            journal.step(Transition.ENQUEUE)
+            placement = await self._place(self._around.place_timeout_s)
+            while True:
+                loss = await self._submit(placement)
+                while loss is None:
+                    deltas, loss = await self._next()
+                    for delta in deltas:
+                        yield delta
+                    if journal.over:
+                        return
+                end = self._lose(loss)
+                if end is not None:
+                    yield end
+                    return
+                placement = await self._recover(placement, loss)
+        except BatonError:
+            if not journal.over:
+                journal.step(Transition.FAIL)
+            raise
+        finally:
+            if not journal.over:
+                journal.step(Transition.ABORT)
+            self._release()
+
+    # --- placing
+
+    async def _place(self, timeout_s: float) -> Placement:
+        journal, now = self._journal, self._around.clock.now()
+        request = controller_pb2.PlaceRequest(
+            request_id=journal.request_id,
+            attempt=journal.attempt,
+            num_prompt_tokens=len(journal.prompt_ids) + len(journal.token_ids),
+            max_new_tokens=journal.sampling.max_tokens - len(journal.token_ids),
+            priority=journal.priority,
+            exclude=list(self._excluded),
+            model=self._model,
+            choice=self._choice,
+            parent_request_id=self._parent_request_id,
+        )
+        timeout_s = min(timeout_s, max(0.0, self._deadline_s - now))
+        return await self._around.cluster.place(request, timeout_s=timeout_s)
+
+    def _lose(self, loss: Loss) -> Delta | None:
+        """Give the attempt up everywhere; the end, if all tokens had come already."""
+        journal = self._journal
+        self._end_attempt()
+        journal.mark(f"lost_{loss.reason}", "gateway", self._around.clock.wall())
+        journal.lose()
+        if loss.instance_id is not None:
+            self._excluded[loss.instance_id] = None
+        return journal.finish_if_complete()
+
+    async def _recover(self, placement: Placement, loss: Loss) -> Placement:
+        """The next placement: the fallback for a refused submit, else a fresh one."""
+        if loss.reason is LossReason.REFUSED:
+            self._num_refusals += 1
+            fallback = self._fallback(placement)
+            if fallback is not None:
+                return fallback
+        else:
+            self._num_replays += 1
+        self._around.on_replay(loss.reason)
+        limits, now = self._around.limits, self._around.clock.now()
+        if self._lost_since_s is None:
+            self._lost_since_s = now
+        left_s = self._lost_since_s + limits.replay_timeout_s - now
+        if self._num_replays > limits.max_replays or self._num_refusals > _MAX_REFUSALS:
+            raise self._gave_up(loss, f"given up after {self._journal.attempt} attempts")
+        if left_s <= 0:
+            raise self._gave_up(loss, f"no other instance within {limits.replay_timeout_s:g} s")
+        try:
+            return await self._place(left_s)
+        except BatonError as error:
+            if not error.retryable:
+                raise
+            raise self._gave_up(loss, f"no other instance took over: {error.message}") from error
+
+    def _fallback(self, placement: Placement) -> Placement | None:
+        prefill = placement.fallback_prefill or placement.prefill
+        decode = placement.fallback_decode or placement.decode
+        if (prefill, decode) == (placement.prefill, placement.decode):
+            return None
+        return Placement(placement.request_id, self._journal.attempt, prefill, decode)
+
+    @staticmethod
+    def _gave_up(loss: Loss, text: str) -> BatonError:
+        message = f"{loss.error.message}; {text}"
+        kind = Unavailable if loss.reason is LossReason.REFUSED else InstanceLost
+        return kind(message, stage=loss.error.stage, retry_after_s=1.0)
+
+    # --- submitting
+
+    async def _submit(self, placement: Placement) -> Loss | None:
+        """Hand the attempt to its instances; the loss, if one of them would not have it."""
+        journal, clock, links = self._journal, self._around.clock, self._around.links
+        journal.place(clock.now())
+        journal.mark("placed", "gateway", clock.wall())
+        # What an older attempt still has to say goes nowhere.
+        self._inbox = Inbox()
+        self._parts = self._divide(placement)
+        budget_s = max(0.0, self._deadline_s - clock.now())
+        record = submission_to_record(journal.submission(budget_s))
+        for target in self._parts:
+            links.get(target).attach(journal.request_id, self._inbox)
+        results = await asyncio.gather(
+            *(
+                links.get(target).submit(_submit_item(record, part, target, placement.prefill))
+                for target, part in self._parts.items()
+            ),
+            return_exceptions=True,
+        )
+        for target, result in zip(self._parts, results, strict=True):
+            if isinstance(result, BatonError):
+                return self._refusal(result, target)
+            if isinstance(result, BaseException):
+                raise result
+        journal.mark("submitted", "gateway", clock.wall())
+        return None
+
+    def _divide(self, placement: Placement) -> dict[Target, Part]:
+        remaining = self._journal.sampling.max_tokens - len(self._journal.token_ids)
+        if remaining == 1 or not placement.disaggregated:
+            return {placement.prefill: Part.WHOLE}
+        return {placement.decode: Part.DECODE, placement.prefill: Part.PREFILL}
+
+    @staticmethod
+    def _refusal(error: BatonError, target: Target) -> Loss:
+        """Raises what another instance would refuse as well."""
+        if not error.retryable and error.code is not Code.FENCED:
+            raise error
+        refused = Refused(
+            f"instance {target.instance_id} did not take it: {error.message}",
+            stage=Stage.PLACEMENT,
+        )
+        return Loss(LossReason.REFUSED, refused, target.instance_id)
+
+    # --- reading
+
+    async def _next(self) -> tuple[list[Delta], Loss | None]:
+        journal, clock = self._journal, self._around.clock
+        item = await self._inbox.get(journal.gap_due_s(self._last_heard_s()) - clock.now())
+        now = clock.now()
+        if item is None:
+            return [], journal.gap(self._last_heard_s(), now)
+        if isinstance(item, Output):
+            deltas, loss = journal.accept(item.output, item.target.instance_id, now)
+            if any(delta.token_ids for delta in deltas):
+                self._lost_since_s = None
+            return deltas, loss
+        if self._parts[item.target] is Part.PREFILL:
+            # The decode side recomputes what it did not get; it is only watched more closely.
+            journal.prefill_lost(now)
+            return [], None
+        return [], Loss(LossReason.INSTANCE_LOST, item.error, item.target.instance_id)
+
+    def _last_heard_s(self) -> float:
+        return max(self._around.links.last_heard_s(target) for target in self._parts)
+
+    # --- ending
+
+    def _end_attempt(self) -> None:
+        for target in self._parts:
+            self._around.links.abort(target, self._journal.request_id, self._journal.attempt)
+        self._parts = {}
+
+    def _release(self) -> None:
+        """Nothing of this submission stays behind, here or there."""
+        if self._journal.state is not State.FINISHED:
+            self._end_attempt()
+        for target in self._parts:
+            self._around.links.detach(target, self._journal.request_id)
+
+
+def _submit_item(
+    record: instance_pb2.SubmissionRecord, part: Part, target: Target, prefill: Target
+) -> instance_pb2.SubmitItem:
+    item = instance_pb2.SubmitItem(submission=record, part=part, incarnation=target.incarnation)
+    if part is Part.DECODE:
+        item.prefill_instance_id = prefill.instance_id
+        item.prefill_incarnation = prefill.incarnation
+        item.prefill_address = prefill.address
+    return item

@@ -1,0 +1,1 @@
+"""Measurements. Every published number stands beside the command that made it."""

@@ -1,0 +1,93 @@
+"""What the controller tells Prometheus, on an HTTP port of its own."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from baton.core.cluster import Placement, Role
+from controller.events import Placed
+from controller.membership import InstanceState
+from controller.state import ClusterState
+
+_DECISION_BUCKETS_S = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+class ControllerMetrics:
+    """Written by the shell on its loop, read by the HTTP server's thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.placements = Counter(
+            "baton_controller_placements",
+            "Placement requests answered, by outcome",
+            ["outcome"],
+            registry=registry,
+        )
+        self.queued = Gauge(
+            "baton_controller_queued_placements",
+            "Placement requests that wait for a usable pair",
+            registry=registry,
+        )
+        self.open = Gauge(
+            "baton_controller_open_placements",
+            "Placements whose end no gateway has reported",
+            registry=registry,
+        )
+        self.instances = Gauge(
+            "baton_instances", "Live instances", ["role", "state"], registry=registry
+        )
+        self.epoch = Gauge("baton_controller_epoch", "The controller's epoch", registry=registry)
+        self.role_switches = Counter(
+            "baton_controller_role_switches",
+            "Role switches ended, by result",
+            ["result"],
+            registry=registry,
+        )
+        self.decision_s = Histogram(
+            "baton_controller_decision_seconds",
+            "Time to decide one batch of placements",
+            buckets=_DECISION_BUCKETS_S,
+            registry=registry,
+        )
+        for outcome in ("placed", "refused"):
+            self.placements.labels(outcome)
+        for result in ("done", "refused", "timed_out", "lost"):
+            self.role_switches.labels(result)
+        self._server: tuple[WSGIServer, threading.Thread] | None = None
+
+    def serve(self, host: str) -> int:
+        """Serve on a free port; the port."""
+        self._server = start_http_server(0, addr=host, registry=self.registry)
+        return int(self._server[0].server_port)
+
+    def close(self) -> None:
+        """Stop serving. Blocks for as long as a scrape takes."""
+        if self._server is not None:
+            server, thread = self._server
+            self._server = None
+            server.shutdown()
+            server.server_close()
+            thread.join(timeout=2.0)
+
+    def observe_placed(self, command: Placed) -> None:
+        """Count a batch's results."""
+        num_placed = sum(isinstance(result, Placement) for result in command.results)
+        self.placements.labels("placed").inc(num_placed)
+        self.placements.labels("refused").inc(len(command.results) - num_placed)
+
+    def observe_membership(self, state: ClusterState) -> None:
+        """After a change of membership."""
+        self.epoch.set(state.epoch)
+        counts = collections.Counter(
+            (record.info.role, record.state) for record in state.instances.values()
+        )
+        for role in Role:
+            for instance_state in InstanceState:
+                if instance_state is not InstanceState.DEAD:
+                    count = counts[role, instance_state]
+                    self.instances.labels(role, instance_state).set(count)

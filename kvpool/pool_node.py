@@ -1,0 +1,243 @@
+"""The pool node of a machine: makes the instances' arenas, and removes what the dead leave behind.
+
+Instances come and go, and may be killed at any moment; a file in shared memory outlives them and
+holds its pages until it is unlinked. So one process per machine owns the files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+import psutil
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from baton.core.errors import ConfigError
+from kvpool.arena_owners import ArenaOwners
+from kvpool.presence import HEARTBEAT_S, Presence
+from protos.baton.internal.v1 import controller_pb2, pool_pb2, pool_pb2_grpc
+from protos.serving import server_options
+
+_STOP_GRACE_S = 1.0
+
+
+class PoolNode:
+    """One machine's pool node: a :class:`protos.serving.Service`.
+
+    ``host`` is bound and told to others; ``port`` and ``metrics_port`` 0 pick free ones.
+    Without ``controller_address`` it serves, but nobody is told of it.
+    """
+
+    def __init__(
+        self,
+        cluster: str,
+        directory: str = "/dev/shm",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        metrics_port: int = 0,
+        controller_address: str | None = None,
+        member_id: str | None = None,
+        node_id: str | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._metrics_port = metrics_port
+        self._node_id = node_id or platform.node()
+        self._member_id = member_id or f"pool-{self._node_id}"
+        self._owners = ArenaOwners(cluster, directory)
+        self._presence = (
+            None
+            if controller_address is None
+            else Presence(controller_address, self._heartbeat, heartbeat_s=heartbeat_s)
+        )
+        self._address = ""
+        self._http_address = ""
+        self._process = psutil.Process()
+        self._serves = False
+        self._stack = contextlib.AsyncExitStack()
+        self._failed: asyncio.Future[BaseException] | None = None
+
+    @property
+    def address(self) -> str:
+        """Where gRPC is served; empty before ``start``."""
+        return self._address
+
+    @property
+    def http_address(self) -> str:
+        """Where metrics are served; empty before ``start``."""
+        return self._http_address
+
+    async def start(self) -> str:
+        """Adopt what is there, then serve. Returns the address.
+
+        Raises ConfigError if a port cannot be bound.
+        """
+        self._failed = asyncio.get_running_loop().create_future()
+        async with contextlib.AsyncExitStack() as stack:
+            self._start_metrics(stack)
+            stack.push_async_callback(self._leave_arenas)
+            self._owners.adopt()
+            await self._start_server(stack)
+            if self._presence is not None:
+                self._keep(stack, asyncio.create_task(self._presence.run(), name="presence"))
+            self._serves = True
+            self._stack = stack.pop_all()
+        return self._address
+
+    async def stop(self) -> None:
+        """Stop serving and unlink everything. Idempotent."""
+        await self._stack.aclose()
+
+    async def wait_failed(self) -> BaseException:
+        """Return why serving broke by itself; only after ``start``."""
+        assert self._failed is not None
+        return await asyncio.shield(self._failed)
+
+    async def _leave_arenas(self) -> None:
+        """A stop takes the files with it; a failed start leaves them for the next one."""
+        if self._serves:
+            await self._owners.close()
+        else:
+            self._owners.detach()
+
+    def _start_metrics(self, stack: contextlib.AsyncExitStack) -> None:
+        registry = CollectorRegistry()
+        registry.register(_PoolCollector(self._owners))
+        ProcessCollector(registry=registry)
+        try:
+            server, thread = start_http_server(self._metrics_port, self._host, registry)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot serve metrics on {self._host}:{self._metrics_port}: {error}",
+                param="metrics_port",
+            ) from error
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        stack.push_async_callback(asyncio.to_thread, stop)
+        self._http_address = f"{self._host}:{server.server_port}"
+
+    async def _start_server(self, stack: contextlib.AsyncExitStack) -> None:
+        server = grpc.aio.server(options=server_options())
+        pool_pb2_grpc.add_PoolNodeServicer_to_server(_Servicer(self._owners), server)
+        try:
+            port = server.add_insecure_port(f"{self._host}:{self._port}")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the pool node cannot serve on {self._host}:{self._port}: {error}", param="port"
+            ) from error
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        await server.start()
+        self._address = f"{self._host}:{port}"
+        self._keep(stack, asyncio.create_task(self._wait_terminated(server), name="pool server"))
+
+    async def _wait_terminated(self, server: grpc.aio.Server) -> None:
+        # Shielded: cancelling this wait would cancel the server's own end with it, which stop awaits.
+        await asyncio.shield(server.wait_for_termination())
+        raise RuntimeError("the gRPC server ended by itself")
+
+    def _keep(self, stack: contextlib.AsyncExitStack, task: asyncio.Task[None]) -> None:
+        """Cancel the task at the stop; before that its end is a failure of the service."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and self._failed is not None and not self._failed.done():
+                self._failed.set_result(task.exception() or RuntimeError(f"{task} ended"))
+
+        async def cancel() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        task.add_done_callback(ended)
+        stack.push_async_callback(cancel)
+
+    def _heartbeat(self) -> controller_pb2.MemberHeartbeat:
+        return controller_pb2.MemberHeartbeat(
+            kind="pool",
+            member_id=self._member_id,
+            address=self._address,
+            http_address=self._http_address,
+            node_id=self._node_id,
+            pid=os.getpid(),
+            rss_bytes=self._process.memory_info().rss,
+        )
+
+
+class _Servicer(pool_pb2_grpc.PoolNodeServicer):
+    """gRPC to ``ArenaOwners`` and back."""
+
+    def __init__(self, owners: ArenaOwners) -> None:
+        self._owners = owners
+
+    async def AllocateArena(
+        self, request: pool_pb2.AllocateArenaRequest, context: Any
+    ) -> pool_pb2.AllocateArenaReply:
+        """FAILED_PRECONDITION with the numbers if the arena cannot be made."""
+        try:
+            arena = await self._owners.allocate(
+                instance_id=request.instance_id,
+                nonce=request.nonce,
+                pid=request.pid,
+                num_blocks=request.num_blocks,
+                block_bytes=request.block_bytes,
+                layout=request.layout,
+            )
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+            raise
+        return pool_pb2.AllocateArenaReply(path=arena.path, token=arena.header.token)
+
+    async def ReleaseArena(
+        self, request: pool_pb2.ReleaseArenaRequest, context: Any
+    ) -> pool_pb2.ReleaseArenaReply:
+        """Idempotent."""
+        self._owners.release(request.instance_id, request.nonce)
+        return pool_pb2.ReleaseArenaReply()
+
+    async def GetPoolStatus(
+        self, request: pool_pb2.GetPoolStatusRequest, context: Any
+    ) -> pool_pb2.PoolStatus:
+        """All arenas."""
+        return pool_pb2.PoolStatus(
+            arenas=[
+                pool_pb2.ArenaStatus(
+                    instance_id=arena.header.instance_id,
+                    nonce=arena.header.nonce,
+                    pid=arena.header.pid,
+                    path=arena.path,
+                    num_bytes=arena.header.num_bytes,
+                    layout=arena.header.layout,
+                )
+                for arena in self._owners.arenas()
+            ]
+        )
+
+
+class _PoolCollector(Collector):
+    """Read at the scrape, so that no number can be stale."""
+
+    def __init__(self, owners: ArenaOwners) -> None:
+        self._owners = owners
+
+    def collect(self) -> Iterable[Metric]:
+        """The gauges."""
+        arenas = self._owners.arenas()
+        yield GaugeMetricFamily(
+            "baton_pool_arenas", "Arena files that this pool node owns.", len(arenas)
+        )
+        yield GaugeMetricFamily(
+            "baton_pool_arena_bytes",
+            "Bytes of shared memory reserved by arenas.",
+            sum(arena.header.num_bytes for arena in arenas),
+        )

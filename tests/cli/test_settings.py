@@ -1,0 +1,96 @@
+"""Settings: accepted ones arrive, wrong ones are refused by name, value and expectation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.cli.settings import load_settings, parse_settings
+from baton.core.errors import ConfigError
+
+GOOD: dict[str, Any] = {
+    "model": "deploy/demo-model",
+    "prefill": 2,
+    "decode": 3,
+    "resources": {"prefill": {"node_a": 0.01}},
+    "engine": {"dtype": "bfloat16", "block_size": 32},
+    "gateway": {"max_n": 4},
+}
+
+
+def test_good_settings() -> None:
+    config = parse_settings(GOOD, source="test")
+    assert (config.prefill, config.decode, config.mixed) == (2, 3, 0)
+    assert config.engine.dtype == "bfloat16"
+    assert config.engine.block_size == 32
+    assert config.engine.num_blocks == 2048
+    assert config.resources == {"prefill": {"node_a": 0.01}}
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text("model: a\nprefill: 2\nengine:\n  num_blocks: 64\n")
+    config = load_settings(path, {"prefill": 4, "engine.dtype": "bfloat16", "decode": None})
+    assert config.prefill == 4
+    assert config.decode == 1
+    assert config.engine.num_blocks == 64
+    assert config.engine.dtype == "bfloat16"
+
+
+BAD = [
+    ({"modle": "x"}, ["modle", "'x'"]),
+    ({"prefill": "two"}, ["prefill", "'two'", "integer"]),
+    ({"prefill": True}, ["prefill", "True", "integer"]),
+    ({"prefill": 1.5}, ["prefill", "1.5", "integer"]),
+    ({"prefill": -1}, ["prefill"]),
+    ({"prefill": 0, "mixed": 0}, ["prefill=0"]),
+    ({"http_port": 99999}, ["http_port", "99999", "65535"]),
+    ({"store": "etcd://x"}, ["store", "etcd://x", "redis"]),
+    ({"engine": {"dtype": "int4"}}, ["engine.dtype", "'int4'", "float32"]),
+    ({"engine": {"blocks": 1}}, ["engine.blocks", "1"]),
+    ({"engine": {"block_size": 0}}, ["engine", "block_size", "0"]),
+    ({"engine": 7}, ["engine", "7"]),
+    (
+        {"engine": {"max_num_seqs": 600, "max_num_batched_tokens": 512}},
+        ["max_num_batched_tokens", "512", "600"],
+    ),
+    ({"controller": {"dead_after_s": 0.5}}, ["controller", "dead_after_s"]),
+    ({"gateway": {"max_replays": "many"}}, ["gateway.max_replays", "'many'"]),
+    ({"handoff": {"transport": "pigeon"}}, ["handoff.transport", "'pigeon'", "shm"]),
+    ({"resources": {"cook": {"a": 1}}}, ["resources", "cook"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD, ids=[str(change) for change, _ in BAD])
+def test_bad_settings_are_named(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_settings({"model": "deploy/demo-model", **change}, source="baton.yaml")
+    for word in ("baton.yaml", *words):
+        assert word in error.value.message
+
+
+BAD_FILES = [
+    ("model: [unclosed", "not valid YAML"),
+    ("- a\n- b\n", "must hold settings"),
+    ("just text", "must hold settings"),
+    ("prefill: 1\n", "model is missing"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_FILES)
+def test_bad_files_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_settings(path, {})
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_settings(tmp_path / "none.yaml", {})
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml"):
+        load_settings(path, {})

@@ -1,0 +1,65 @@
+"""Line 2 of issue 2, in a size: same tokens however the cluster is cut."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from tests.cluster import oracle
+from tests.cluster.harness import Cluster, Reply, body, complete_all
+
+TEMPERATURE = 0.8
+SEED = 20_261_120
+
+
+def run_greedy(
+    cluster: Cluster, prompts: Sequence[Sequence[int]], *, num_tokens: int, concurrency: int
+) -> list[list[int]]:
+    """Greedy outputs of all prompts; every request must end normally."""
+    requests = [body(prompt, max_tokens=num_tokens) for prompt in prompts]
+    return _outputs(
+        asyncio.run(complete_all(cluster, requests, concurrency=concurrency)), num_tokens
+    )
+
+
+def run_sampled(
+    cluster: Cluster, prompts: Sequence[Sequence[int]], *, num_tokens: int, concurrency: int
+) -> list[list[int]]:
+    """Seeded draws; the seed differs by prompt."""
+    requests = [
+        body(prompt, max_tokens=num_tokens, temperature=TEMPERATURE, seed=SEED + i)
+        for i, prompt in enumerate(prompts)
+    ]
+    return _outputs(
+        asyncio.run(complete_all(cluster, requests, concurrency=concurrency)), num_tokens
+    )
+
+
+def _outputs(replies: Sequence[Reply], num_tokens: int) -> list[list[int]]:
+    for reply in replies:
+        assert reply.error is None, reply.error
+        assert reply.finish_reason == "length"
+        assert len(reply.token_ids) == num_tokens
+    return [reply.token_ids for reply in replies]
+
+
+def check_greedy(prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[str]:
+    """All against the oracle; returns the ties, of which there may be few."""
+    ties = [
+        tie
+        for prompt, output in zip(prompts, outputs, strict=True)
+        for tie in oracle.check_greedy(prompt, output)
+    ]
+    assert len(ties) <= oracle.MAX_TIES, ties
+    return ties
+
+
+def check_sampled(prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[str]:
+    """The same for seeded draws."""
+    ties = [
+        tie
+        for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+        for tie in oracle.check_sampled(prompt, output, seed=SEED + i, temperature=TEMPERATURE)
+    ]
+    assert len(ties) <= oracle.MAX_TIES, ties
+    return ties

@@ -1,0 +1,396 @@
+"""Two engines under any order of events: no wrong token, no lost block, everything ends.
+
+Engine 0 takes prefill and whole parts, engine 1 decode and whole parts. The "KV" that a handoff
+copies is the simulated runners' memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from baton.core.config import EngineConfig
+from baton.core.request import FinishReason, Part, SamplingParams, Submission, TokenLogprobs
+from baton.engine.engine import Engine
+from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
+from baton.engine.plan import StepPlan, StepResult
+from baton.engine.states import SequenceState
+from tests.engine.simulated_runner import VOCABULARY, SimulatedRunner, generate
+
+MAX_MODEL_LEN = 24
+SALT = b"salt"
+
+configs = st.builds(
+    lambda size, blocks, seqs, budget, asynchronous, cache: EngineConfig(
+        block_size=size,
+        num_blocks=blocks,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=seqs + budget,
+        async_scheduling=asynchronous,
+        enable_prefix_cache=cache,
+    ),
+    size=st.just(2),
+    blocks=st.integers(5, 14),
+    seqs=st.integers(1, 4),
+    budget=st.integers(0, 6),
+    asynchronous=st.booleans(),
+    cache=st.booleans(),
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Expected:
+    """What one engine should tell about one submission."""
+
+    submission: Submission
+    part: Part
+    tokens: list[int]
+    reason: FinishReason
+    prompt_logprobs: list[TokenLogprobs]
+    next_index: int
+    owes_prompt_logprobs: bool
+    first: bool = True
+    done: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Handoff:
+    submission: Submission
+    progress: PrefillProgress | None = None
+    first_token: int | None = None
+    reserved: Reserved | None = None
+    num_copied: int = 0
+
+
+class Node:
+    """An engine, its runner, and what is under way between them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.generations = np.zeros(config.num_blocks, dtype=np.uint64)
+        self.engine = Engine(
+            config, max_model_len=MAX_MODEL_LEN, salt=SALT, generations=self.generations
+        )
+        self.config = config
+        self.runner = SimulatedRunner(config.block_size)
+        self.planned: deque[StepPlan] = deque()
+        self.executed: deque[tuple[StepPlan, StepResult]] = deque()
+        self.expected: dict[str, Expected] = {}
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(first=configs, second=configs)
+    def build(self, first: EngineConfig, second: EngineConfig) -> None:
+        self.nodes = [Node(first), Node(second)]
+        self.handoffs: dict[str, Handoff] = {}
+        self.count = 0
+
+    # Submissions.
+
+    @rule(
+        kind=st.sampled_from(["whole 0", "whole 1", "handoff", "handoff"]),
+        stem=st.integers(0, 2),
+        stem_tokens=st.integers(0, 9),
+        own=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3),
+        outputs=st.integers(0, 2),
+        more=st.integers(1, 8),
+        greedy=st.booleans(),
+        stops=st.booleans(),
+        logprobs=st.sampled_from([None, None, None, 0]),
+        priority=st.integers(0, 1),
+        tenant=st.sampled_from(["", "", "a"]),
+    )
+    def submit(
+        self,
+        kind: str,
+        stem: int,
+        stem_tokens: int,
+        own: list[int],
+        outputs: int,
+        more: int,
+        greedy: bool,
+        stops: bool,
+        logprobs: int | None,
+        priority: int,
+        tenant: str,
+    ) -> None:
+        prompt = tuple([stem, *range(1, stem_tokens + 1)][: stem_tokens + 1] + own)
+        sampling = SamplingParams(
+            temperature=0.0 if greedy else 1.0,
+            seed=stem * 2**40 + 5,
+            max_tokens=outputs + more,
+            stop_token_ids=(3, 11) if stops else (),
+            prompt_logprobs=logprobs,
+        )
+        self.count += 1
+        submission = Submission(
+            request_id=f"r{self.count}",
+            attempt=0,
+            prompt_ids=prompt,
+            sampling=sampling,
+            choice=self.count % 2,
+            priority=priority,
+            tenant=tenant,
+        )
+        limit = min(node.engine.max_model_len for node in self.nodes)
+        if submission.num_tokens >= limit:
+            return
+        before, _, _ = generate(submission, limit)
+        kept = tuple(before[: min(outputs, len(before) - 1)])
+        submission = dataclasses.replace(submission, output_ids=kept)
+        if submission.num_tokens >= limit:
+            return
+        if kind == "handoff":
+            self.handoffs[submission.request_id] = Handoff(submission)
+            self._enter(0, submission, Part.PREFILL)
+            self._enter(1, submission, Part.DECODE)
+        else:
+            self._enter(int(kind[-1]), submission, Part.WHOLE)
+
+    def _enter(self, index: int, submission: Submission, part: Part) -> None:
+        node = self.nodes[index]
+        tokens, reason, logprobs = generate(submission, node.engine.max_model_len)
+        start = len(submission.output_ids) + (part is Part.DECODE)
+        node.expected[submission.request_id] = Expected(
+            submission, part, tokens, reason, logprobs, start, part is not Part.DECODE
+        )
+        node.engine.submit(submission, part, 0.0)
+
+    # Steps.
+
+    @rule(index=st.integers(0, 1))
+    def admit(self, index: int) -> None:
+        node = self.nodes[index]
+        self._take_in(node, node.engine.admit(0.0))
+
+    @rule(index=st.integers(0, 1))
+    def schedule(self, index: int) -> None:
+        node = self.nodes[index]
+        had_work = node.engine.has_work()
+        outstanding = len(node.planned) + len(node.executed)
+        plan = node.engine.schedule(0.0)
+        limit = 2 if node.config.async_scheduling else 1
+        if plan is not None:
+            assert had_work
+            assert outstanding < limit
+            assert plan.num_tokens <= node.config.max_num_batched_tokens
+            assert len(plan.rows) <= node.config.max_num_seqs
+            node.planned.append(plan)
+        elif not outstanding:
+            assert not node.engine.has_work()
+
+    @rule(index=st.integers(0, 1), decline=st.integers(0, 15))
+    def execute(self, index: int, decline: int) -> None:
+        node = self.nodes[index]
+        if node.planned:
+            plan = node.planned.popleft()
+            node.runner.declines = lambda: decline == 0
+            node.executed.append((plan, node.runner.execute(plan)))
+
+    @rule(index=st.integers(0, 1))
+    def commit(self, index: int) -> None:
+        node = self.nodes[index]
+        if node.executed:
+            plan, result = node.executed.popleft()
+            self._take_in(node, node.engine.commit(plan, result, 0.0))
+
+    @rule(index=st.integers(0, 1), cycles=st.integers(1, 6))
+    def run(self, index: int, cycles: int) -> None:
+        """As a driver does, with a plan made while another runs where that is allowed."""
+        for _ in range(cycles):
+            self.admit(index)
+            self.schedule(index)
+            self.schedule(index)
+            self.execute(index, decline=1)
+            self.commit(index)
+
+    @rule(index=st.integers(0, 1), chance=st.integers(0, 7))
+    def fail(self, index: int, chance: int) -> None:
+        node = self.nodes[index]
+        if chance or not node.executed:
+            return
+        plan, _ = node.executed.popleft()
+        for request_id in node.engine.fail_plan(plan):
+            del node.expected[request_id]
+            assert node.engine.state_of(request_id) is None
+
+    # Ends and handoffs.
+
+    @rule(index=st.integers(0, 1), which=st.integers(0, 20))
+    def abort(self, index: int, which: int) -> None:
+        engine = self.nodes[index].engine
+        known = engine.request_ids()
+        if which < len(known):
+            assert engine.abort(known[which])
+            assert engine.state_of(known[which]) is None
+            assert not engine.abort(known[which])
+            del self.nodes[index].expected[known[which]]
+
+    @rule(which=st.integers(0, 9))
+    def lease_expires(self, which: int) -> None:
+        engine = self.nodes[0].engine
+        held = [i for i in engine.request_ids() if engine.state_of(i) is SequenceState.HELD]
+        if which < len(held):
+            assert engine.release(held[which])
+            assert not engine.release(held[which])
+
+    @precondition(lambda self: self.handoffs)
+    @rule(which=st.integers(0, 20), fails=st.sampled_from([False, False, False, True]))
+    def pull(self, which: int, fails: bool) -> None:
+        names = list(self.handoffs)
+        self._pull(names[which % len(names)], fails)
+
+    def _pull(self, request_id: str, fails: bool) -> bool:
+        """Copy what prefill has published; whether anything happened."""
+        handoff = self.handoffs[request_id]
+        source, target = self.nodes
+        if target.engine.state_of(request_id) not in (
+            SequenceState.PENDING_BLOCKS,
+            SequenceState.PENDING_KV,
+        ):
+            del self.handoffs[request_id]
+            return False
+        first_token = handoff.first_token
+        if fails:
+            self._fail_handoff(handoff, first_token if handoff.num_copied % 4 else None)
+            return True
+        progress, reserved = handoff.progress, handoff.reserved
+        if progress is None or reserved is None:
+            return False
+        start = max(handoff.num_copied, reserved.num_cached_tokens)
+        if start >= progress.num_computed_tokens and not progress.final:
+            return False
+        size = target.config.block_size
+        for position in range(start, progress.num_computed_tokens):
+            block = progress.blocks[position // size]
+            if int(source.generations[block]) != progress.generations[position // size]:
+                handoff.num_copied = position // size * size
+                self._fail_handoff(handoff, first_token)
+                return True
+            token = source.runner.memory[block][position % size]
+            target.runner.write(reserved.blocks, position, token)
+            handoff.num_copied = position + 1
+        if progress.final and first_token is not None:
+            assert target.engine.kv_arrived(request_id, first_token)
+            assert not target.engine.kv_arrived(request_id, first_token)
+            source.engine.release(request_id)
+            del self.handoffs[request_id]
+            return True
+        return start < progress.num_computed_tokens
+
+    def _fail_handoff(self, handoff: Handoff, first_token: int | None) -> None:
+        request_id, target = handoff.submission.request_id, self.nodes[1]
+        expected = target.expected[request_id]
+        if first_token is None:
+            expected.next_index -= 1
+            expected.owes_prompt_logprobs = True
+        assert target.engine.kv_failed(request_id, handoff.num_copied, first_token)
+        assert not target.engine.kv_failed(request_id, 0, None)
+        del self.handoffs[request_id]
+
+    def _take_in(self, node: Node, events: list[Event]) -> None:
+        for event in events:
+            expected = node.expected.get(event.request_id)
+            handoff = self.handoffs.get(event.request_id)
+            assert expected is not None, f"{event} of a sequence that has ended"
+            if isinstance(event, Preempted):
+                assert node.engine.state_of(event.request_id) is SequenceState.WAITING
+            elif isinstance(event, TokensReady):
+                self._check_tokens(event, expected)
+                if expected.part is Part.PREFILL and handoff:
+                    (handoff.first_token,) = event.token_ids
+                    if event.finish_reason is not None:
+                        # The driver would tell the decode side that there is nothing to do.
+                        del self.handoffs[event.request_id]
+                        self.nodes[1].engine.abort(event.request_id)
+                        self.nodes[1].expected.pop(event.request_id, None)
+            elif isinstance(event, PrefillProgress):
+                assert node.engine.block_statistics().num_referenced >= len(event.blocks)
+                total = expected.submission.num_tokens
+                assert event.num_computed_tokens <= total
+                assert event.final is (event.num_computed_tokens == total) or not event.final
+                current = [int(node.generations[block]) for block in event.blocks]
+                assert list(event.generations) == current
+                if handoff:
+                    handoff.progress = event
+            elif isinstance(event, Reserved):
+                assert event.num_cached_tokens % node.config.block_size == 0
+                assert len(event.blocks) == -(-expected.submission.num_tokens // 2)
+                if handoff:
+                    handoff.reserved = event
+
+    def _check_tokens(self, event: TokensReady, expected: Expected) -> None:
+        assert not expected.done
+        assert event.index == expected.next_index
+        end = event.index + len(event.token_ids)
+        assert list(event.token_ids) == expected.tokens[event.index : end]
+        last = end == len(expected.tokens)
+        assert event.finish_reason == (expected.reason if last else None)
+        # Without tokens: what prefill drew is the last one that fits here.
+        assert event.token_ids or (last and expected.part is Part.DECODE)
+        stopped = event.finish_reason is FinishReason.STOP
+        assert event.stop_token_id == (event.token_ids[-1] if stopped else None)
+        assert (event.num_cached_tokens is not None) is expected.first
+        owed = expected.prompt_logprobs if expected.owes_prompt_logprobs else []
+        assert list(event.prompt_logprobs) == (owed if expected.first else [])
+        expected.first = False
+        expected.next_index = end
+        expected.done = last or expected.part is Part.PREFILL
+
+    @invariant()
+    def accounts_agree(self) -> None:
+        for node in getattr(self, "nodes", []):
+            node.engine.check_integrity()
+            load = node.engine.load()
+            unheld = load.num_free_blocks + load.num_cached_blocks
+            if not node.engine.request_ids() and not node.planned and not node.executed:
+                assert unheld == node.config.num_blocks
+
+    def teardown(self) -> None:
+        for _ in range(400):
+            if not any(node.engine.request_ids() for node in getattr(self, "nodes", [])):
+                break
+            if self._advance():
+                continue
+            # Both sides may wait for each other's memory: leases and timeouts end that.
+            assert self.handoffs
+            self._fail_handoff(next(iter(self.handoffs.values())), None)
+        for index, node in enumerate(getattr(self, "nodes", [])):
+            while node.planned or node.executed:
+                self.execute(index, decline=1)
+                self.commit(index)
+            self.admit(index)
+            assert node.engine.request_ids() == []
+            assert not node.engine.has_work()
+            assert all(expected.done for expected in node.expected.values())
+            node.engine.check_integrity()
+            assert node.engine.block_statistics().num_referenced == 0
+
+    def _advance(self) -> bool:
+        """One cycle of everything; whether anything happened."""
+        moved = False
+        for index, node in enumerate(self.nodes):
+            self.admit(index)
+            before = len(node.planned) + len(node.executed)
+            self.schedule(index)
+            self.schedule(index)
+            moved = moved or before > 0 or bool(node.planned)
+            self.execute(index, decline=1)
+            self.commit(index)
+        for request_id in list(self.handoffs):
+            moved = self._pull(request_id, fails=False) or moved
+        source = self.nodes[0].engine
+        for request_id in source.request_ids():
+            if source.state_of(request_id) is SequenceState.HELD and (
+                request_id not in self.handoffs
+            ):
+                moved = source.release(request_id) or moved
+        return moved
+
+
+EngineMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+TestEngineMachine = EngineMachine.TestCase
