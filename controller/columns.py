@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -130,10 +131,10 @@ class Columns:
                 assert ints(name)[row] >= 0, f"{name} of {self._names[row]} fell below zero"
 
     def _bools(self, name: str) -> Bools:
-        return self._data[name]  # type: ignore[return-value]
+        return cast(Bools, self._data[name])
 
     def _ints(self, name: str) -> Ints:
-        return self._data[name]  # type: ignore[return-value]
+        return cast(Ints, self._data[name])
 
     def _grow(self, num_rows: int) -> None:
         for field in dataclasses.fields(PlacementView):

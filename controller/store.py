@@ -7,6 +7,7 @@ have methods of their own.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 from baton.core.errors import ConfigError
@@ -34,16 +35,20 @@ class MetadataStore(Protocol):
     async def next_epoch(self, at_least: int) -> int:
         """Raise the epoch by one, and to ``at_least`` if that is more; the new one. Atomic."""
 
+    async def keep_epoch(self, epoch: int) -> None:
+        """Raise the stored epoch to at least ``epoch``; fine if it is there already. Atomic."""
+
     async def announce(self, address: str) -> None:
         """Publish where the controller is. ConfigError if a live one of this machine is there."""
 
     async def find_address(self) -> str | None:
         """What was announced, if that controller may still be there."""
 
-    async def wait_lost(self) -> None:
-        """Return when the store may have forgotten things: its server was there, and went away.
+    async def watch(self, connected: Callable[[], None]) -> None:
+        """Call ``connected`` once the store's server is there, return once it went away.
 
-        The one method without a time limit; it costs nothing while it waits.
+        From before ``connected`` on nothing is forgotten unnoticed. The one method without a time
+        limit; it costs nothing while it waits. A store in memory never calls and never returns.
         """
 
     async def close(self) -> None:

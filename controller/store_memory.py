@@ -13,6 +13,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ class MemoryStore:
             self._write()
         return self._epoch
 
+    async def keep_epoch(self, epoch: int) -> None:
+        """See :class:`MetadataStore`."""
+        if epoch > self._epoch:
+            await self.next_epoch(epoch)
+
     async def announce(self, address: str) -> None:
         """See :class:`MetadataStore`."""
         found = self._read()
@@ -87,7 +93,7 @@ class MemoryStore:
         address = found.get("address")
         return address if isinstance(address, str) and _alive(found) else None
 
-    async def wait_lost(self) -> None:
+    async def watch(self, connected: Callable[[], None]) -> None:
         """See :class:`MetadataStore`. Memory lasts as long as its process."""
         await asyncio.Event().wait()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 import redis.asyncio
@@ -22,6 +22,11 @@ _SCAN_COUNT = 500
 
 _NEXT_EPOCH = """
 local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or '0') + 1, tonumber(ARGV[1]))
+redis.call('SET', KEYS[1], string.format('%.0f', epoch))
+return epoch
+"""
+_KEEP_EPOCH = """
+local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARGV[1]))
 redis.call('SET', KEYS[1], string.format('%.0f', epoch))
 return epoch
 """
@@ -90,6 +95,11 @@ class RedisStore:
         reply = await self._ask(cast(Any, self._client.eval(_NEXT_EPOCH, 1, key, str(at_least))))
         return int(cast(Any, reply))
 
+    async def keep_epoch(self, epoch: int) -> None:
+        """See :class:`MetadataStore`."""
+        key = self._prefix + "epoch"
+        await self._ask(cast(Any, self._client.eval(_KEEP_EPOCH, 1, key, str(epoch))))
+
     async def announce(self, address: str) -> None:
         """See :class:`MetadataStore`. The last one that announces itself is the controller."""
         await self.put("controller", address)
@@ -99,7 +109,7 @@ class RedisStore:
         """See :class:`MetadataStore`."""
         return await self.get("controller")
 
-    async def wait_lost(self) -> None:
+    async def watch(self, connected: Callable[[], None]) -> None:
         """See :class:`MetadataStore`. A subscription to nothing ends when the server goes away."""
         # A client of its own: reads without a time limit, and no silent reconnecting.
         client = redis.asyncio.Redis.from_url(
@@ -109,12 +119,13 @@ class RedisStore:
         try:
             subscribing = pubsub.subscribe(self._prefix + "nothing")
             await self._ask(asyncio.wait_for(subscribing, _TIMEOUT_S))
+            connected()
             with contextlib.suppress(RedisError, OSError):
                 while True:
                     await pubsub.get_message(timeout=None)
         finally:
             with contextlib.suppress(RedisError, OSError):
-                await pubsub.aclose()
+                await pubsub.aclose()  # type: ignore[no-untyped-call]
                 await client.aclose()
 
     async def close(self) -> None:

@@ -100,7 +100,7 @@ class StoreWriter:
 
     async def _write(self, key: str) -> None:
         if key == _EPOCH:
-            await self._store.next_epoch(self._epoch)
+            await self._store.keep_epoch(self._epoch)
         elif key == _ADDRESS:
             await self._store.announce(self._address)
         elif (value := self._values.get(key)) is not None:
@@ -109,14 +109,16 @@ class StoreWriter:
             await self._store.delete(key)
 
     async def _watch(self) -> None:
-        """Write everything again whenever the store was, or may have been, away."""
+        """Write everything again each time the store is there (again): it may have forgotten."""
         delay_s = _FIRST_DELAY_S
         while True:
             try:
-                await self._store.wait_lost()
+                await self._store.watch(self._enqueue_all)
                 delay_s = _FIRST_DELAY_S
             except Unavailable:
                 delay_s = min(2 * delay_s, _MAX_DELAY_S)
-            for key in (_ADDRESS, _EPOCH, *self._values):
-                self._enqueue(key)
             await asyncio.sleep(delay_s)
+
+    def _enqueue_all(self) -> None:
+        for key in (_ADDRESS, _EPOCH, *self._values):
+            self._enqueue(key)

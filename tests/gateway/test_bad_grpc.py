@@ -158,7 +158,7 @@ async def test_model_info_and_abort_of_nothing(address: str) -> None:
             await client.abort("")
 
 
-def test_request_builder_keeps_empty_token_ids_apart_from_text() -> None:
+async def test_request_builder_keeps_empty_token_ids_apart_from_text() -> None:
     assert generate_request([]).WhichOneof("prompt") == "token_ids"
     assert generate_request("").WhichOneof("prompt") == "text"
     assert isinstance(generate_request("a"), inference_pb2.GenerateRequest)

@@ -48,6 +48,12 @@ async def base_url(model_dir: Path) -> AsyncIterator[str]:
     await server.stop()
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(base_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=base_url) as shared:
+        yield shared
+
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TEXT = {"model": "tiny", "prompt": "def"}
@@ -176,21 +182,20 @@ def body_of(path: str, body: Any) -> bytes:
 
 @pytest.mark.parametrize(("path", "body", "status", "param", "code"), TABLE)
 async def test_table(
-    base_url: str, path: str, body: Any, status: int, param: str | None, code: str
+    client: httpx.AsyncClient, path: str, body: Any, status: int, param: str | None, code: str
 ) -> None:
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        headers = {"content-type": "application/json", "x-request-id": "mine-1"}
-        answer = await client.post(path, content=body_of(path, body), headers=headers)
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"], error["code"]) == (status, param, code), error
-        assert set(error) == {"message", "type", "param", "code"}
-        assert error["message"]
-        assert answer.headers["x-request-id"] == "mine-1"
-        assert answer.headers["x-should-retry"] == "false"
-        assert (await client.get("/health")).status_code == 200
+    headers = {"content-type": "application/json", "x-request-id": "mine-1"}
+    answer = await client.post(path, content=body_of(path, body), headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (status, param, code), error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.headers["x-should-retry"] == "false"
+    assert (await client.get("/health")).status_code == 200
 
 
-def test_the_table_is_long_enough() -> None:
+async def test_the_table_is_long_enough() -> None:
     assert len(TABLE) >= 40
 
 
@@ -210,9 +215,8 @@ def test_the_table_is_long_enough() -> None:
         {"temperature": 1, "stop": None, "stream": False},
     ],
 )
-async def test_good_requests_get_as_far_as_placement(base_url: str, extra: dict[str, Any]) -> None:
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        answer = await client.post(C, json={**TEXT, **extra})
+async def test_good_requests_get_as_far_as_placement(client: httpx.AsyncClient, extra: dict[str, Any]) -> None:
+    answer = await client.post(C, json={**TEXT, **extra})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "unavailable"), error
     assert "controller" in error["message"]
@@ -221,10 +225,9 @@ async def test_good_requests_get_as_far_as_placement(base_url: str, extra: dict[
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_chat_extras_that_ask_for_nothing(base_url: str, stream: bool) -> None:
+async def test_chat_extras_that_ask_for_nothing(client: httpx.AsyncClient, stream: bool) -> None:
     extra = {"tools": None, "response_format": {"type": "text"}, "store": False, "stream": stream}
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        answer = await client.post(M, json={**CHAT, **extra})
+    answer = await client.post(M, json={**CHAT, **extra})
     assert answer.status_code == 503
 
 
@@ -240,11 +243,10 @@ async def test_chat_extras_that_ask_for_nothing(base_url: str, stream: bool) -> 
         ({"x-request-timeout": "inf"}, "x-request-timeout"),
     ],
 )
-async def test_bad_headers(base_url: str, headers: dict[str, str], param: str) -> None:
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        content = json.dumps(TEXT)
-        sent = {"content-type": "application/json", **headers}
-        answer = await client.post(C, content=content, headers=sent)
+async def test_bad_headers(client: httpx.AsyncClient, headers: dict[str, str], param: str) -> None:
+    content = json.dumps(TEXT)
+    sent = {"content-type": "application/json", **headers}
+    answer = await client.post(C, content=content, headers=sent)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert len(answer.headers["x-request-id"]) == 32
@@ -261,26 +263,23 @@ async def test_bad_headers(base_url: str, headers: dict[str, str], param: str) -
         ("GET", "/v1/models/other", 404),
     ],
 )
-async def test_wrong_routes(base_url: str, method: str, path: str, status: int) -> None:
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        answer = await client.request(method, path)
+async def test_wrong_routes(client: httpx.AsyncClient, method: str, path: str, status: int) -> None:
+    answer = await client.request(method, path)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-async def test_not_ready_without_a_controller(base_url: str) -> None:
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        answer = await client.get("/ready")
-        assert answer.status_code == 503
-        assert "controller" in answer.json()["error"]["message"]
-        models = (await client.get("/v1/models")).json()
-        assert [card["id"] for card in models["data"]] == ["tiny"]
-        assert (await client.get("/v1/models/tiny")).json()["max_model_len"] == CONTEXT
+async def test_not_ready_without_a_controller(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/ready")
+    assert answer.status_code == 503
+    assert "controller" in answer.json()["error"]["message"]
+    models = (await client.get("/v1/models")).json()
+    assert [card["id"] for card in models["data"]] == ["tiny"]
+    assert (await client.get("/v1/models/tiny")).json()["max_model_len"] == CONTEXT
 
 
-async def test_refused_requests_are_counted(base_url: str) -> None:
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        name = 'baton_requests_total{endpoint="chat",outcome="not_found"}'
+async def test_refused_requests_are_counted(client: httpx.AsyncClient) -> None:
+    name = 'baton_requests_total{endpoint="chat",outcome="not_found"}'
 
         async def count() -> float:
             text = (await client.get("/metrics")).text
@@ -291,7 +290,9 @@ async def test_refused_requests_are_counted(base_url: str) -> None:
         assert await count() == before + 1
 
 
-async def test_a_body_that_never_ends_does_not_hold_the_server(base_url: str) -> None:
+async def test_a_body_that_never_ends_does_not_hold_the_server(
+    base_url: str, client: httpx.AsyncClient
+) -> None:
     host, port = base_url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(
@@ -299,8 +300,7 @@ async def test_a_body_that_never_ends_does_not_hold_the_server(base_url: str) ->
         b"content-length: 100\r\n\r\n{"
     )
     await writer.drain()
-    async with httpx.AsyncClient(base_url=base_url) as client:
-        assert (await client.get("/health")).status_code == 200
+    assert (await client.get("/health")).status_code == 200
     writer.close()
 
 

@@ -97,9 +97,7 @@ class TwoInstances(RuleBasedStateMachine):
         if wire and wire[0].index == first.index + 1:
             second = wire.popleft()
             tokens = first.token_ids + second.token_ids
-            first = dataclasses.replace(
-                first, token_ids=tokens, finish_reason=second.finish_reason
-            )
+            first = dataclasses.replace(first, token_ids=tokens, finish_reason=second.finish_reason)
         self._deliver(first)
 
     @precondition(lambda self: any(self.wires))

@@ -36,6 +36,7 @@ def test_every_state_is_reachable() -> None:
 def test_tokens_only_come_from_a_placed_attempt() -> None:
     with_output = {state for state in State if Transition.OUTPUT in TABLE[state]}
     assert with_output == {State.PLACED, State.STREAMING}
-    entered_by_place = {t for state in State for t, after in TABLE[state].items()
-                        if after is State.PLACED}
+    entered_by_place = {
+        t for state in State for t, after in TABLE[state].items() if after is State.PLACED
+    }
     assert entered_by_place == {Transition.PLACE}

@@ -171,15 +171,14 @@ async def test_a_restarted_node_adopts_the_living(
             "/dev/shm", cluster, instance_id, 1, pid, BLOCKS, BLOCK_BYTES, "layout"
         )
 
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as short:
-        create("gone", short.pid).close()
-        short.kill()
+    gone = await asyncio.create_subprocess_exec("sleep", "60")
+    create("gone", gone.pid).close()
+    gone.kill()
+    await gone.wait()
     alive, mine = create("alive", owner.pid), create("prefill-0", os.getpid())
     alive.block(2)[:] = b"k" * BLOCK_BYTES
-    damaged = Path(f"{mine.path}0")
-    damaged.write_bytes(b"nonsense")
-    half = Path(f"{mine.path}.tmp")
-    half.write_bytes(b"")
+    for leftover in (f"{mine.path}0", f"{mine.path}.tmp"):
+        os.close(os.open(leftover, os.O_CREAT | os.O_WRONLY))
     node = PoolNode(cluster)
     await node.start()
     assert alive.path is not None
@@ -230,7 +229,7 @@ class Members(controller_pb2_grpc.ControllerServicer):
         self.sessions: list[list[controller_pb2.MemberHeartbeat]] = []
         self.ended = 0
 
-    async def MemberSession(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+    async def MemberSession(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         seen: list[controller_pb2.MemberHeartbeat] = []
         self.sessions.append(seen)
         try:
@@ -242,7 +241,7 @@ class Members(controller_pb2_grpc.ControllerServicer):
 
 
 async def serve_members(port: int) -> tuple[grpc.aio.Server, Members, int]:
-    server, members = grpc.aio.server(options=server_options()), Members()
+    server, members = grpc.aio.server(options=server_options()), Members()  # type: ignore[abstract]
     controller_pb2_grpc.add_ControllerServicer_to_server(members, server)
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
