@@ -86,6 +86,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServicer):
                     return
                 self._shell.feed(wire.heartbeat(session.session_id, message))
         except Exception:
+            # Reading a stream that this side has ended fails, as it should.
+            if session.closed:
+                return
             # A bug, or a message that no instance of ours sends: the stream ends, so the instance
             # comes back with a new one.
             log.exception("the session %d failed", session.session_id)

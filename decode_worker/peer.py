@@ -61,6 +61,8 @@ class PeerLink:
         self._wanted = wanted
         self._outgoing: asyncio.Queue[instance_pb2.HandoffMessage | None] = asyncio.Queue()
         self._closed = False
+        self.endpoints: tuple[Endpoint, ...] = ()
+        """Where the peer's cache can be pulled from; known after its welcome."""
         self._task = asyncio.ensure_future(self._run())
         self._renewer = asyncio.get_running_loop().call_later(renew_every_s, self._renew)
 
@@ -103,11 +105,11 @@ class PeerLink:
                 stub: instance_pb2_grpc.InstanceAsyncStub = instance_pb2_grpc.InstanceStub(channel)
                 call = stub.Handoff(self._messages())
                 events = aiter(call)
-                endpoints = await self._welcome(events)
+                self.endpoints = await self._welcome(events)
                 async for event in events:
                     kind = event.WhichOneof("what")
                     if kind == "chunk":
-                        self._listener.on_chunk(event.chunk, endpoints)
+                        self._listener.on_chunk(event.chunk, self.endpoints)
                     elif kind == "failed":
                         self._listener.on_failed(event.failed)
         except asyncio.CancelledError:

@@ -208,6 +208,8 @@ class DecodeWorker:
         identity = (peer.target.instance_id, peer.target.incarnation)
         if self._peers.get(identity) is peer:
             del self._peers[identity]
+        # A dead peer's arena would stay mapped here, and so allocated, for as long as we live.
+        self._threads.submit(self._transports.forget, peer.endpoints)
         for pull in [pull for pull in self._pulls.values() if pull.target == peer.target]:
             if not pull.arrived:
                 pull.failure = f"lost the prefill instance {peer.target.instance_id}: {reason}"

@@ -144,7 +144,7 @@ class PoolNode:
         self._keep(stack, asyncio.create_task(self._wait_terminated(server), name="pool server"))
 
     async def _wait_terminated(self, server: grpc.aio.Server) -> None:
-        # Shielded: cancelling this wait would cancel the server's own end with it, which stop awaits.
+        # Shielded: cancelling this wait would cancel the server's own end, which stop awaits.
         await asyncio.shield(server.wait_for_termination())
         raise RuntimeError("the gRPC server ended by itself")
 

@@ -270,8 +270,8 @@ class PrefillWorker:
         for handoff in self._handoffs.values():
             if handoff.peer is peer:
                 handoff.peer = None
-                if handoff.key in self._leases:
-                    self._leases.renew(handoff.key, now, min(_ORPHAN_LEASE_S, self._lease_s))
+                if self._leases.release(handoff.key):
+                    self._leases.grant(handoff.key, now, min(_ORPHAN_LEASE_S, self._lease_s))
         self._arm_timer()
 
     def _publish(self, handoff: _Handoff) -> None:

@@ -270,7 +270,8 @@ class Cluster:
             for item in batch:
                 self._fail(item, self._no_placement())
             return
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        # A controller that stops cancels the calls it holds.
+        if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
             for item in batch:
                 self._fail(item, error_from_rpc(error, stage=Stage.PLACEMENT))
             return

@@ -22,6 +22,8 @@ from tests.cluster.harness import DEMO_MODEL, ROOT, Cluster
 
 MODEL = DEMO_MODEL.name
 PROMPT = "import os\n\n\ndef main(argv):\n"
+ON: Any = {"ignore_eos": True}
+"""Whatever the demo model was trained to, it goes on for as long as a test wants."""
 CHAT: list[Any] = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
 
 
@@ -31,7 +33,9 @@ def client(pair: Cluster) -> OpenAI:
 
 
 def test_completion_and_stream_agree(client: OpenAI) -> None:
-    whole = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=24, temperature=0)
+    whole = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=24, extra_body=ON, temperature=0
+    )
     assert whole.usage is not None
     assert whole.usage.prompt_tokens == len(oracle.tokenizer()(PROMPT)["input_ids"])
     assert whole.usage.completion_tokens == 24
@@ -41,6 +45,7 @@ def test_completion_and_stream_agree(client: OpenAI) -> None:
             model=MODEL,
             prompt=PROMPT,
             max_tokens=24,
+            extra_body=ON,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
@@ -63,7 +68,13 @@ def test_completion_and_stream_agree(client: OpenAI) -> None:
 
 def test_chat(client: OpenAI) -> None:
     whole = client.chat.completions.create(
-        model=MODEL, messages=CHAT, max_tokens=32, temperature=0, logprobs=True, top_logprobs=2
+        model=MODEL,
+        messages=CHAT,
+        max_tokens=32,
+        extra_body=ON,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
     )
     choice = whole.choices[0]
     assert choice.message.role == "assistant"
@@ -74,7 +85,7 @@ def test_chat(client: OpenAI) -> None:
         assert item.logprob <= 0
         assert item.logprob == item.top_logprobs[0].logprob  # greedy takes the best
     stream = client.chat.completions.create(
-        model=MODEL, messages=CHAT, max_tokens=32, temperature=0, stream=True
+        model=MODEL, messages=CHAT, max_tokens=32, extra_body=ON, temperature=0, stream=True
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     assert text == choice.message.content
@@ -82,26 +93,34 @@ def test_chat(client: OpenAI) -> None:
 
 def test_choices_stop_echo_and_logprobs(client: OpenAI) -> None:
     reply = client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=16, n=3, seed=11, temperature=1.0
+        model=MODEL, prompt=PROMPT, max_tokens=16, extra_body=ON, n=3, seed=11, temperature=1.0
     )
     assert sorted(choice.index for choice in reply.choices) == [0, 1, 2]
     assert len({choice.text for choice in reply.choices}) > 1
     again = client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=16, n=3, seed=11, temperature=1.0
+        model=MODEL, prompt=PROMPT, max_tokens=16, extra_body=ON, n=3, seed=11, temperature=1.0
     )
     assert [c.text for c in again.choices] == [c.text for c in reply.choices]
 
-    free = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0)
+    free = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=40, extra_body=ON, temperature=0
+    )
     stop = free.choices[0].text[10:14]
     cut = client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0, stop=[stop]
+        model=MODEL, prompt=PROMPT, max_tokens=40, extra_body=ON, temperature=0, stop=[stop]
     )
     assert cut.choices[0].finish_reason == "stop"
     assert free.choices[0].text.startswith(cut.choices[0].text)
     assert stop not in cut.choices[0].text
 
     echo = client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=4, temperature=0, echo=True, logprobs=1
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=4,
+        extra_body=ON,
+        temperature=0,
+        echo=True,
+        logprobs=1,
     )
     assert echo.choices[0].text.startswith(PROMPT)
     logprobs = echo.choices[0].logprobs
@@ -116,11 +135,11 @@ def test_choices_stop_echo_and_logprobs(client: OpenAI) -> None:
 async def test_async_client(pair: Cluster) -> None:
     async with AsyncOpenAI(base_url=f"{pair.url}/v1", api_key="none", max_retries=0) as client:
         stream = await client.completions.create(
-            model=MODEL, prompt=PROMPT, max_tokens=12, temperature=0, stream=True
+            model=MODEL, prompt=PROMPT, max_tokens=12, extra_body=ON, temperature=0, stream=True
         )
         text = "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
         whole = await client.completions.create(
-            model=MODEL, prompt=PROMPT, max_tokens=12, temperature=0
+            model=MODEL, prompt=PROMPT, max_tokens=12, extra_body=ON, temperature=0
         )
         assert text == whole.choices[0].text
         assert [model.id async for model in await client.models.list()] == [MODEL]
@@ -128,10 +147,12 @@ async def test_async_client(pair: Cluster) -> None:
 
 def test_errors_are_the_clients_own(client: OpenAI) -> None:
     with pytest.raises(BadRequestError) as bad:
-        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=4, temperature=9)
+        client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=4, extra_body=ON, temperature=9
+        )
     assert bad.value.param == "temperature"
     with pytest.raises(NotFoundError):
-        client.completions.create(model="no-such-model", prompt=PROMPT, max_tokens=4)
+        client.completions.create(model="no-such-model", prompt=PROMPT, max_tokens=4, extra_body=ON)
 
 
 def test_grpc_client_built_from_the_published_proto(pair: Cluster, tmp_path: Path) -> None:
@@ -155,6 +176,7 @@ def test_grpc_client_built_from_the_published_proto(pair: Cluster, tmp_path: Pat
         "request = pb.GenerateRequest(text='def f(x):', request_id='from-proto')\n"
         "request.sampling.max_tokens = 12\n"
         "request.sampling.temperature = 0\n"
+        "request.sampling.ignore_eos = True\n"
         "messages = list(stub.Generate(request, timeout=30))\n"
         "print(sum(len(m.token_ids) for m in messages), messages[-1].finish_reason,\n"
         "      messages[-1].usage.completion_tokens, messages[-1].request_id)\n"

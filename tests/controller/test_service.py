@@ -91,6 +91,9 @@ class FakeInstance:
                 self.directives.put_nowait(directive)
                 if directive.WhichOneof("what") == "commit_role":
                     self.role = directive.commit_role.role
+                if directive.WhichOneof("what") == "fenced":
+                    # Its stream is about to be ended: there is nobody to answer.
+                    continue
                 ack = self.answer(directive)
                 if ack is not None:
                     await self.beat(ack)
@@ -519,7 +522,10 @@ def test_the_actor_class_serves_without_ray(redis_server: RedisServer) -> None:
                 stub.Explain(cluster_pb2.ExplainRequest(request_id="x"), timeout=WAIT_S)
             assert error_from_rpc(caught.value).code is Code.NOT_FOUND
         port = int(actor.address().rpartition(":")[2])
+        # A constructor that fails would be tried again for ever: the first question tells.
+        other = ControllerActor("other", "127.0.0.1", port, redis_server.url, CONFIG, "m")
         with pytest.raises(ConfigError, match="in use"):
-            ControllerActor("other", "127.0.0.1", port, redis_server.url, CONFIG, "m")
+            other.address()
+        other.stop()
     finally:
         actor.stop()

@@ -113,6 +113,22 @@ def test_decode_computes_itself_what_did_not_come(known: bool, num_valid: int) -
     assert not bench.engine.kv_failed("a", 0, None)
 
 
+def test_cached_blocks_of_a_reservation_are_never_written_again() -> None:
+    bench = Bench()
+    bench.engine.submit(submission(), Part.WHOLE, 0.0)
+    expected = tokens(bench.run())
+    bench.engine.submit(submission("b"), Part.DECODE, 0.0)
+    assert reserve(bench).num_cached_tokens == 8
+    assert bench.engine.kv_failed("b", 0, None)
+    plan = bench.plan()
+    assert plan.rows[0].start == 8
+    bench.engine.check_integrity()
+    events = bench.finish(plan) + bench.run()
+    assert tokens(events, "b") == expected
+    assert isinstance(events[0], TokensReady)
+    assert events[0].num_cached_tokens == 8
+
+
 def test_decode_that_never_got_blocks_computes_everything() -> None:
     bench, wanted = Bench(), submission()
     bench.engine.submit(wanted, Part.DECODE, 0.0)

@@ -288,6 +288,20 @@ def test_blocks_of_a_sequence_about_to_end_are_waited_for() -> None:
     assert (first.state, second.state) == (SequenceState.RUNNING, SequenceState.RUNNING)
 
 
+def test_without_its_blocks_a_sequence_starts_afresh_but_for_its_tokens() -> None:
+    bench = Bench()
+    sequence = bench.add(9)
+    bench.step()
+    sequence.num_registered, sequence.may_register = 1, False
+    table = sequence.block_table(3)
+    assert sequence.take_blocks() == list(table)
+    assert (sequence.num_computed, sequence.num_committed, sequence.num_registered) == (0, 0, 0)
+    assert sequence.may_register
+    assert sequence.block_table(3) == ()
+    assert len(sequence.token_ids) == 9
+    assert sequence.num_uncomputed == 9
+
+
 def test_a_queue_is_ordered_by_rank() -> None:
     bench = Bench()
     items = [bench.add(1, priority=priority) for priority in (0, 2, 1, 2)]

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gateway_support import write_model
 
 from baton.gateway.tokenizer import GatewayTokenizer
+from tests.gateway.gateway_support import write_model
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -180,9 +181,12 @@ class ToyInstance(InstanceServicer):
                 key = (item.submission.request_id, item.submission.attempt)
                 task = asyncio.create_task(self._produce(item))
                 self._running[key] = task
-                task.add_done_callback(lambda _, key=key: self._running.pop(key, None))
+                task.add_done_callback(functools.partial(self._forget, key))
             replies.append(reply)
         return instance_pb2.SubmitBatchReply(replies=replies)
+
+    def _forget(self, key: tuple[str, int], _: asyncio.Task[None]) -> None:
+        self._running.pop(key, None)
 
     async def Abort(self, request: instance_pb2.AbortBatch, context: Any) -> Any:
         for item in request.items:
@@ -199,6 +203,12 @@ class ToyInstance(InstanceServicer):
         queue = self._streams[request.gateway_id] = asyncio.Queue()
         while (batch := await queue.get()) is not None:
             yield batch
+
+    async def Handoff(
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[instance_pb2.HandoffEvent]:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "both parts know the toy model")
+        yield instance_pb2.HandoffEvent()
 
     async def _produce(self, item: instance_pb2.SubmitItem) -> None:
         sub = item.submission
@@ -235,7 +245,7 @@ class ToyInstance(InstanceServicer):
                 )
             if self.die_after is not None and item.part != Part.PREFILL and index >= self.die_after:
                 await asyncio.sleep(0.01)
-                asyncio.get_running_loop().create_task(self.stop())  # noqa: RUF006
+                asyncio.get_running_loop().create_task(self.stop())
                 return
             if record.finish_reason:
                 return
@@ -251,5 +261,5 @@ def _logprobs(token: int, count: int) -> instance_pb2.TokenLogprobsRecord:
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Wait for something that another task brings about."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is watched has no event
             await asyncio.sleep(0.005)

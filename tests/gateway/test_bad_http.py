@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from gateway_support import CONTEXT, VOCAB, write_model
 
 from baton.core.config import GatewayConfig
 from baton.core.errors import ConfigError
 from baton.gateway.server import GatewayServer
 from baton.gateway.settings import GatewaySettings
+from tests.gateway.gateway_support import CONTEXT, VOCAB, write_model
 
 MAX_BODY = 4096
 
@@ -215,7 +215,9 @@ async def test_the_table_is_long_enough() -> None:
         {"temperature": 1, "stop": None, "stream": False},
     ],
 )
-async def test_good_requests_get_as_far_as_placement(client: httpx.AsyncClient, extra: dict[str, Any]) -> None:
+async def test_good_requests_get_as_far_as_placement(
+    client: httpx.AsyncClient, extra: dict[str, Any]
+) -> None:
     answer = await client.post(C, json={**TEXT, **extra})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "unavailable"), error
@@ -281,13 +283,13 @@ async def test_not_ready_without_a_controller(client: httpx.AsyncClient) -> None
 async def test_refused_requests_are_counted(client: httpx.AsyncClient) -> None:
     name = 'baton_requests_total{endpoint="chat",outcome="not_found"}'
 
-        async def count() -> float:
-            text = (await client.get("/metrics")).text
-            return next(float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if name in x)
+    async def count() -> float:
+        text = (await client.get("/metrics")).text
+        return next(float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if name in x)
 
-        before = await count()
-        await client.post(M, json={**CHAT, "model": "other"})
-        assert await count() == before + 1
+    before = await count()
+    await client.post(M, json={**CHAT, "model": "other"})
+    assert await count() == before + 1
 
 
 async def test_a_body_that_never_ends_does_not_hold_the_server(

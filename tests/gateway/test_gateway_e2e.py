@@ -12,12 +12,12 @@ from typing import Any
 
 import grpc.aio
 import httpx
+import openai
 import pytest
 import pytest_asyncio
-from gateway_support import CONTEXT, ToyInstance, token_at, tokens_of, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.client import AdminClient, AsyncBatonClient, GenerateChunk, generate_request
+from baton.client import AdminClient, AsyncBatonClient, BatonClient, GenerateChunk, generate_request
 from baton.core.config import ControllerConfig, GatewayConfig
 from baton.core.errors import BatonError, Code, InstanceLost, InvalidRequest
 from baton.core.request import Part
@@ -25,6 +25,8 @@ from baton.gateway.server import GatewayServer
 from baton.gateway.settings import GatewaySettings
 from baton.gateway.tokenizer import GatewayTokenizer
 from controller.service import ControllerService
+from controller.store_memory import MemoryStore
+from tests.gateway.gateway_support import CONTEXT, ToyInstance, token_at, tokens_of, until
 
 PROMPT = [5, 6, 7, 8]
 
@@ -54,7 +56,9 @@ class Toy:
     async def idle(self) -> None:
         """Nothing runs anywhere."""
         await until(lambda: not any(item.open for item in self.instances.values()))
-        assert await self.metric("baton_requests_open") == 0
+        async with asyncio.timeout(5):
+            while await self.metric("baton_requests_open"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 def expected(count: int = 20, choice: int = 0, prompt: list[int] = PROMPT) -> list[int]:
@@ -70,20 +74,18 @@ def joined(chunks: list[GenerateChunk], choice: int = 0) -> list[int]:
 
 def controller_service(tmp_path: Path, port: int = 0) -> ControllerService:
     return ControllerService(
-        cluster=f"toy-{tmp_path.name}",
+        cluster="toy",
         host="127.0.0.1",
         port=port,
         store_url="memory",
         config=ControllerConfig(heartbeat_s=0.5, dead_after_s=1.5, queue_timeout_s=1.0),
         model="tiny",
+        store=MemoryStore("toy", directory=tmp_path),
     )
 
 
 @pytest_asyncio.fixture
-async def toy(
-    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Toy]:
-    monkeypatch.setenv("BATON_STATE_DIR", str(tmp_path / "state"))
+async def toy(tmp_path: Path, model_dir: Path) -> AsyncIterator[Toy]:
     async with contextlib.AsyncExitStack() as stack:
         controller = controller_service(tmp_path)
         await controller.start()
@@ -120,7 +122,7 @@ async def toy(
 
 async def ready(http: httpx.AsyncClient) -> None:
     async with asyncio.timeout(5):
-        while (await http.get("/ready")).status_code != 200:
+        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -304,10 +306,14 @@ async def test_nobody_takes_over(toy: Toy) -> None:
         instance.step_s = 0.01
         instance.die_after = 5
     started = asyncio.get_running_loop().time()
-    chunks = []
-    with pytest.raises(InstanceLost) as caught:
+    chunks: list[GenerateChunk] = []
+
+    async def collect() -> None:
         async for chunk in toy.grpc.generate(generate_request(PROMPT, max_tokens=50, seed=3)):
             chunks.append(chunk)
+
+    with pytest.raises(InstanceLost) as caught:
+        await collect()
     assert caught.value.retryable
     assert joined(chunks) == expected(len(joined(chunks)))
     assert asyncio.get_running_loop().time() - started < 8
@@ -431,7 +437,9 @@ async def test_explain_tells_attempts_and_stages(toy: Toy) -> None:
     await toy.generate(request_id="why", n=2)
     with AdminClient(toy.controller.address) as admin:
         async with asyncio.timeout(5):
-            while (told := await asyncio.to_thread(admin.explain, "why")).outcome == "open":
+            while (  # noqa: ASYNC110
+                told := await asyncio.to_thread(admin.explain, "why")
+            ).outcome == "open":
                 await asyncio.sleep(0.01)
         status = await asyncio.to_thread(admin.status)
     assert told.outcome == "length"
@@ -443,6 +451,79 @@ async def test_explain_tells_attempts_and_stages(toy: Toy) -> None:
     assert ("prefill_0", "prefill-0") in stages
     members = [(m.kind, m.member_id, m.http_address) for m in status.members]
     assert ("gateway", "gw-0", toy.gateway.addresses.http) in members
+
+
+async def test_the_official_client(toy: Toy, tokenizer: GatewayTokenizer) -> None:
+    base_url = f"http://{toy.gateway.addresses.http}/v1"
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+        text = tokenizer.decode(expected(6, prompt=tokenizer.encode("abc")))
+        whole = await client.completions.create(model="tiny", prompt="abc", max_tokens=6, seed=3)
+        assert whole.choices[0].text == text
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 6
+        stream = await client.completions.create(
+            model="tiny", prompt="abc", max_tokens=6, seed=3, stream=True
+        )
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == text
+        chat = await client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "hi"}],
+            max_completion_tokens=6,
+            seed=3,
+            logprobs=True,
+            top_logprobs=2,
+        )
+        answer = chat.choices[0].message.content
+        pieces = await client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "hi"}],
+            max_completion_tokens=6,
+            seed=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in pieces]
+        joined_text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert joined_text == answer
+        assert chunks[-1].usage is not None
+        assert [model.id async for model in client.models.list()] == ["tiny"]
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.completions.create(model="tiny", prompt="abc", max_tokens=10_000)
+        assert caught.value.code == "context_length_exceeded"
+        assert caught.value.param == "max_tokens"
+
+
+async def test_the_synchronous_client(toy: Toy) -> None:
+    def run() -> tuple[list[GenerateChunk], GenerateChunk]:
+        with BatonClient(toy.gateway.addresses.grpc) as client:
+            request = generate_request(PROMPT, seed=3, max_tokens=20, ignore_eos=True, logprobs=2)
+            whole = list(client.generate(request, timeout_s=10))
+            endless = client.generate(generate_request(PROMPT, seed=3, max_tokens=200))
+            first = next(endless)
+            del endless  # an iterator that is dropped cancels its request
+            return whole, first
+
+    whole, first = await asyncio.to_thread(run)
+    assert joined(whole) == expected()
+    assert [len(chunk.logprobs[0].top) for chunk in whole] == [2] * 20
+    assert first.token_ids == (expected(1)[0],)
+    await toy.idle()
+
+
+async def test_cancel_storm_leaves_nothing(toy: Toy) -> None:
+    for instance in toy.instances.values():
+        instance.step_s = 0.005
+
+    async def one(number: int) -> None:
+        stream = toy.grpc.generate(generate_request([5, 6, number], max_tokens=100))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.002 * (number % 50)):
+                async for _ in stream:
+                    pass
+        await stream.aclose()
+
+    await asyncio.gather(*(one(number) for number in range(100)))
+    await toy.idle()
 
 
 async def test_stop_ends_open_requests_with_a_retryable_error(toy: Toy) -> None:

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from gateway_support import EOS, VOCAB
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.core.errors import ConfigError, InvalidRequest
 from baton.gateway.model_info import load_model_info
 from baton.gateway.tokenizer import Detokenizer, GatewayTokenizer
+from tests.gateway.gateway_support import EOS, VOCAB
 
 TEXTS = st.text(max_size=60) | st.text("aé世🙂 \n", max_size=60)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,7 +23,7 @@ def output(
     return TokenOutput("r-0", attempt, index, tuple(tokens), finish_reason=finish)
 
 
-def placed(**sampling: int) -> Journal:
+def placed(**sampling: Any) -> Journal:
     params = SamplingParams(max_tokens=len(TRUTH), **sampling)
     journal = Journal("r-0", (1, 2, 3), params, gap_timeout_s=20.0)
     journal.step(Transition.ENQUEUE)

@@ -162,7 +162,7 @@ def test_a_call_under_way_at_the_stop_ends() -> None:
         except RuntimeError as error:
             outcome.append(str(error))
 
-    caller = threading.Thread(target=call)
+    caller = threading.Thread(target=call, daemon=True)
     caller.start()
     assert entered.wait(5)
     thread.stop(5)
