@@ -135,6 +135,10 @@ class PrefillWorker:
         handoff = self._handoffs.get(event.request_id)
         if handoff is None:
             return
+        sent = handoff.num_sent
+        if event.generations[:sent] != handoff.generations[:sent]:
+            # Preempted meanwhile, it started again in other blocks.
+            handoff.num_sent = 0
         handoff.blocks = event.blocks
         handoff.generations = event.generations
         handoff.num_computed_tokens = event.num_computed_tokens

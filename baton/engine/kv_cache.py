@@ -20,8 +20,9 @@ class KVCache:
 
     ``buffer`` (CPU only) must be writable, at least ``num_blocks * layout.block_bytes`` long, and
     hold finite numbers: zeros, or what a cache of the same layout left there. Attention multiplies
-    the masked tail of a block by zero, which is no defence against NaN. Without ``buffer`` the
-    cache allocates its own memory. ``ValueError`` for a buffer that does not fit.
+    the masked tail of a block by zero, which is no defence against NaN. It must stay mapped until
+    ``close``: torch keeps an address, not the mapping. Without ``buffer`` the cache allocates its
+    own memory. ``ValueError`` for a buffer that does not fit.
     """
 
     def __init__(
@@ -71,5 +72,5 @@ class KVCache:
         return gathered.view(2, num_rows, -1, self.layout.num_kv_heads, self.layout.head_dim)
 
     def close(self) -> None:
-        """Let go of the buffer, so that its owner can unmap it. Idempotent."""
+        """Forget the buffer: its owner may unmap it, and later use fails. Idempotent."""
         self.tensor = self.rows = self.pages = torch.empty(0)

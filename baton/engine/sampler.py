@@ -24,8 +24,6 @@ Int64s = npt.NDArray[np.int64]
 _CANDIDATES = 256
 """How many best tokens are sorted before a top-p row is found to need all of them."""
 _MIN_TEMPERATURE = 1e-6
-_MAX_UNIFORM = 1.0 - 2.0**-24
-"""The largest float32 below 1: a float64 uniform may round up to 1."""
 
 
 def sample(logits_BV: Tensor, slots_B: Int64s, uniforms_B: Float64s, state: SlotState) -> Tensor:
@@ -75,7 +73,7 @@ def _draw(logits_BV: Tensor, columns: SamplingColumns, uniforms_B: Float64s) -> 
     temperature, uniforms = _upload(
         logits_BV.device,
         np.maximum(columns.temperature, np.float32(_MIN_TEMPERATURE)),
-        np.minimum(uniforms_B, _MAX_UNIFORM).astype(np.float32),
+        uniforms_B.astype(np.float32),
     )
     # Best token at 0: no temperature, however low, can overflow.
     scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
@@ -86,7 +84,8 @@ def _draw(logits_BV: Tensor, columns: SamplingColumns, uniforms_B: Float64s) -> 
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:].contiguous()
     tokens = torch.searchsorted(cdf, uniforms * total, right=True)
-    # u * total may round up to total; the first token to reach it is the last that has any mass.
+    # In float32 u may round up to 1, and u * total to total. The first token to reach the total is
+    # the last that has any mass.
     tokens = torch.minimum(tokens, torch.searchsorted(cdf, total))
     # A device's parallel scan need not be monotone: the last word is the probability itself.
     possible = probs.gather(1, tokens) > 0

@@ -98,7 +98,7 @@ class InstanceLink:
         clock: Clock,
         on_lost: Callable[[InstanceLink], None],
     ) -> None:
-        """Begins to connect. ``on_lost`` is called once, when the link is over."""
+        """``on_lost`` is called once, when the link is over."""
         self.target = target
         self._on_lost = on_lost
         self.last_heard_s = clock.now()
@@ -114,7 +114,7 @@ class InstanceLink:
         # Nobody may be waiting when it fails.
         self._open.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._error: BatonError | None = None
-        self._reader = asyncio.create_task(self._read())
+        self._reader: asyncio.Task[None] | None = None
         self._sender = asyncio.create_task(self._send())
 
     @property
@@ -125,13 +125,20 @@ class InstanceLink:
     def attach(self, request_id: str, inbox: Inbox) -> None:
         """Deliver this submission's tokens to ``inbox`` until :meth:`detach`."""
         self._inboxes[request_id] = inbox
+        if self._reader is None and self._error is None:
+            # Not before: an instance takes a second stream of this gateway for a new beginning,
+            # and a link that is only there to abort must not cause one.
+            self._reader = asyncio.create_task(self._read())
 
     def detach(self, request_id: str) -> None:
         """Deliver nothing more. Idempotent."""
         self._inboxes.pop(request_id, None)
 
     async def submit(self, item: instance_pb2.SubmitItem) -> None:
-        """Hand over a submission, once the token stream stands. Raises BatonError if refused."""
+        """Hand over an attached submission, once the token stream stands.
+
+        Raises BatonError if it is refused or the link is lost.
+        """
         await asyncio.shield(self._open)
         if self._error is not None:
             raise self._error
@@ -163,7 +170,8 @@ class InstanceLink:
         for inbox in inboxes.values():
             inbox.put(Lost(self.target, error))
         self._wake.set()
-        self._reader.cancel()
+        if self._reader is not None:
+            self._reader.cancel()
         self._on_lost(self)
 
     async def close(self) -> None:
@@ -172,7 +180,8 @@ class InstanceLink:
             await self._send_aborts()
         self.fail(InstanceLost("the gateway closed the line"))
         self._sender.cancel()
-        await asyncio.gather(self._reader, self._sender, return_exceptions=True)
+        tasks = [self._sender] if self._reader is None else [self._reader, self._sender]
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._channel.close(None)
 
     async def _read(self) -> None:
@@ -262,6 +271,8 @@ class InstanceLink:
                 if last:
                     error = error_from_rpc(broken, stage=Stage.CONTROL)
                     _LOG.warning("abort at %s failed: %s", self.target.instance_id, error)
+                    if self._reader is None:
+                        self.fail(InstanceLost(error.message))
 
 
 class Links:

@@ -95,7 +95,7 @@ class RequestRecord:
         timings = [timing for choice in self._choices if (timing := self._timing(choice))]
         return controller_pb2.Outcome(
             request_id=self.request.request_id,
-            outcome=self.outcome or "",
+            outcome="abort" if self.outcome == Code.ABORTED else self.outcome or "",
             error=self._error,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator, Callable
 
 from baton.core.clock import Clock
@@ -21,6 +22,8 @@ from baton.gateway.links import Inbox, Links, Output
 from baton.gateway.request_states import State, Transition
 from protos.baton.internal.v1 import controller_pb2, instance_pb2
 from protos.convert import submission_to_record
+
+_LOG = logging.getLogger(__name__)
 
 _MAX_REFUSALS = 8
 """Refused submits in one recovery; each was a stale placement, and the next is fresher."""
@@ -134,6 +137,13 @@ class SubmissionRun:
         else:
             self._num_replays += 1
         self._around.on_replay(loss.reason)
+        _LOG.warning(
+            "%s: attempt %d lost (%s): %s",
+            self._journal.request_id,
+            self._journal.attempt - 1,
+            loss.reason,
+            loss.error.message,
+        )
         limits, now = self._around.limits, self._around.clock.now()
         if self._lost_since_s is None:
             self._lost_since_s = now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.core.clock import VirtualClock
 from baton.core.cluster import Placement
@@ -104,6 +104,16 @@ class ControllerMachine(RuleBasedStateMachine):
         self.issued.append(reply.incarnation)
         self.incarnations[name] = reply.incarnation
         self.directives.pop(name, None)
+
+    @rule(name=NAMES, role=ROLES)
+    def join(self, name: str, role: str) -> None:
+        self.start(name, role)
+        self.open(name)
+
+    @initialize(roles=st.tuples(ROLES, ROLES, ROLES))
+    def join_some(self, roles: tuple[str, str, str]) -> None:
+        for name, role in zip("abc", roles, strict=True):
+            self.join(name, role)
 
     @rule(name=NAMES, role=ROLES)
     def come_back(self, name: str, role: str) -> None:
@@ -226,6 +236,7 @@ class ControllerMachine(RuleBasedStateMachine):
             opened = state.open.values()
             assert view.open_prefill[row] == sum(p.prefill == me for p in opened)
             assert view.open_decode[row] == sum(p.decode == me for p in opened)
+            assert set(record.fresh) <= set(state.open)
             assert view.fresh_tokens[row] == sum(t for _, t in record.fresh.values())
 
     @invariant()
@@ -264,6 +275,6 @@ class ControllerMachine(RuleBasedStateMachine):
 
 
 ControllerMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
+    max_examples=80, stateful_step_count=50, deadline=None
 )
 TestControllerMachine = ControllerMachine.TestCase

@@ -188,3 +188,19 @@ def test_prompt_logprobs_reuse_nothing_and_come_with_the_first_token() -> None:
     assert list(ready[0].prompt_logprobs) == generate(wanted, 100)[2]
     assert len(ready[0].prompt_logprobs) == 9
     assert ready[1].prompt_logprobs == ()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_decode_owes_the_prompt_logprobs_only_if_prefill_has_not_told_them(known: bool) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0)
+    bench, wanted = Bench(), submission(sampling=sampling)
+    expected, _, logprobs = generate(wanted, 100)
+    bench.engine.submit(wanted, Part.DECODE, 0.0)
+    event = reserve(bench)
+    for position in range(8):
+        bench.runner.write(event.blocks, position, wanted.prompt_ids[position])
+    assert bench.engine.kv_failed("a", 8, expected[0] if known else None)
+    plan = bench.plan()
+    assert plan.rows[0].start == (8 if known else 0)
+    ready = [e for e in bench.finish(plan) + bench.run() if isinstance(e, TokensReady)]
+    assert list(ready[0].prompt_logprobs) == ([] if known else logprobs)

@@ -14,7 +14,7 @@ from baton.core.request import SamplingParams, TokenLogprobs
 from tests.engine.tiny_models import VARIANTS, Bench, reference_greedy, reference_logprobs, save
 
 WITH_LOGPROBS = SamplingParams(temperature=0.0, logprobs=20, prompt_logprobs=20)
-TOLERANCE = 1e-4
+TOLERANCE = 5e-5
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))

@@ -201,6 +201,8 @@ def test_shared_buffer(model: tuple[Path, Any]) -> None:
     for each in runners:
         each.close()
         each.close()
+        with pytest.raises((IndexError, RuntimeError)):
+            each.execute(StepPlan(1, (), (last,)))
     buffer.release()
     arena.close()
 

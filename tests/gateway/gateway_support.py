@@ -168,6 +168,11 @@ class ToyInstance(InstanceServicer):
         if self._server is not None:
             await self._server.stop(0)
 
+    def break_streams(self) -> None:
+        """End every token stream; the instance itself goes on."""
+        for stream in self._streams.values():
+            stream.put_nowait(None)
+
     async def Submit(self, request: instance_pb2.SubmitBatch, context: Any) -> Any:
         replies = []
         for item in request.items:

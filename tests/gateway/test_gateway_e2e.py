@@ -1,135 +1,20 @@
-"""The gateway with a real controller and instances that speak the protocol (a toy model)."""
+"""Both doors with a real controller and instances that speak the protocol (a toy model)."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import json
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import grpc.aio
-import httpx
 import openai
 import pytest
-import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.client import AdminClient, AsyncBatonClient, BatonClient, GenerateChunk, generate_request
-from baton.core.config import ControllerConfig, GatewayConfig
-from baton.core.errors import BatonError, Code, InstanceLost, InvalidRequest
+from baton.client import AdminClient, BatonClient, GenerateChunk, generate_request
+from baton.core.errors import BatonError
 from baton.core.request import Part
-from baton.gateway.server import GatewayServer
-from baton.gateway.settings import GatewaySettings
 from baton.gateway.tokenizer import GatewayTokenizer
-from controller.service import ControllerService
-from controller.store_memory import MemoryStore
-from tests.gateway.gateway_support import CONTEXT, ToyInstance, token_at, tokens_of, until
-
-PROMPT = [5, 6, 7, 8]
-
-
-@dataclasses.dataclass
-class Toy:
-    controller: ControllerService
-    gateway: GatewayServer
-    instances: dict[str, ToyInstance]
-    http: httpx.AsyncClient
-    grpc: AsyncBatonClient
-    settings: GatewaySettings
-
-    @property
-    def decode(self) -> list[ToyInstance]:
-        return [item for name, item in self.instances.items() if name.startswith("decode")]
-
-    async def generate(self, **fields: Any) -> list[GenerateChunk]:
-        values = {"max_tokens": 20, "seed": 3, "ignore_eos": True, **fields}
-        prompt = values.pop("prompt", PROMPT)
-        return [chunk async for chunk in self.grpc.generate(generate_request(prompt, **values))]
-
-    async def metric(self, line: str) -> float:
-        text = (await self.http.get("/metrics")).text
-        return next(float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if x.startswith(line))
-
-    async def idle(self) -> None:
-        """Nothing runs anywhere."""
-        await until(lambda: not any(item.open for item in self.instances.values()))
-        async with asyncio.timeout(5):
-            while await self.metric("baton_requests_open"):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-
-
-def expected(count: int = 20, choice: int = 0, prompt: list[int] = PROMPT) -> list[int]:
-    return tokens_of(tuple(prompt), 3, count, choice)
-
-
-def joined(chunks: list[GenerateChunk], choice: int = 0) -> list[int]:
-    mine = [chunk for chunk in chunks if chunk.choice == choice]
-    indices = [chunk.index + i for chunk in mine for i in range(len(chunk.token_ids))]
-    assert indices == list(range(len(indices)))
-    return [token for chunk in mine for token in chunk.token_ids]
-
-
-def controller_service(tmp_path: Path, port: int = 0) -> ControllerService:
-    return ControllerService(
-        cluster="toy",
-        host="127.0.0.1",
-        port=port,
-        store_url="memory",
-        config=ControllerConfig(heartbeat_s=0.5, dead_after_s=1.5, queue_timeout_s=1.0),
-        model="tiny",
-        store=MemoryStore("toy", directory=tmp_path),
-    )
-
-
-@pytest_asyncio.fixture
-async def toy(tmp_path: Path, model_dir: Path) -> AsyncIterator[Toy]:
-    async with contextlib.AsyncExitStack() as stack:
-        controller = controller_service(tmp_path)
-        await controller.start()
-        instances = {name: ToyInstance(name) for name in ("prefill-0", "decode-0", "decode-1")}
-        for name, instance in instances.items():
-            await instance.start()
-            await instance.join(controller.address, name.split("-")[0])
-        settings = GatewaySettings(
-            model=str(model_dir),
-            served_model_name="tiny",
-            host="127.0.0.1",
-            http_port=0,
-            grpc_port=0,
-            controller_address=controller.address,
-            gateway_id="gw-0",
-            node_id="node",
-            limits=GatewayConfig(gap_timeout_s=1.0, replay_timeout_s=2.0, max_replays=3),
-            place_timeout_s=5.0,
-        )
-        gateway = GatewayServer(settings)
-        addresses = await gateway.start()
-        http = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=f"http://{addresses.http}", timeout=20)
-        )
-        client = await stack.enter_async_context(AsyncBatonClient(addresses.grpc))
-        made = Toy(controller, gateway, instances, http, client, settings)
-        await ready(http)
-        yield made
-        await gateway.stop()
-        for instance in instances.values():
-            await instance.stop()
-        await made.controller.stop()
-
-
-async def ready(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(5):
-        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-def events(answer: httpx.Response) -> list[dict[str, Any]]:
-    blocks = [block for block in answer.text.split("\n\n") if block]
-    assert blocks[-1] == "data: [DONE]"
-    return [json.loads(block.split("data: ", 1)[1]) for block in blocks[:-1]]
+from tests.gateway.gateway_support import CONTEXT, token_at, tokens_of, until
+from tests.gateway.toy_cluster import PROMPT, Toy, events, expected, joined
 
 
 async def test_tokens_come_once_from_two_instances(toy: Toy) -> None:
@@ -288,149 +173,23 @@ async def test_stop_token_is_reported_and_left_out_of_the_text(
     assert "".join(chunk.text for chunk in chunks) == tokenizer.decode(expected(count - 1))
 
 
-@pytest.mark.parametrize("die_after", [1, 5, 18])
-async def test_decode_instance_dies(toy: Toy, die_after: int) -> None:
+async def test_explain_of_an_abort(toy: Toy) -> None:
+    toy.instances["prefill-0"].hold.clear()
     for instance in toy.decode:
-        instance.step_s = 0.01
-    # Whoever gets the request dies; the other one must not.
-    toy.decode[0].die_after = die_after
-    results = await asyncio.gather(*(toy.generate() for _ in range(6)))
-    assert [joined(chunks) for chunks in results] == [expected()] * 6
-    assert all(chunks[-1].finish_reason == "length" for chunks in results)
-    assert await toy.metric('baton_replays_total{reason="instance_lost"}') >= 1
-    assert await toy.metric("baton_requests_open") == 0
-
-
-async def test_nobody_takes_over(toy: Toy) -> None:
-    for instance in toy.decode:
-        instance.step_s = 0.01
-        instance.die_after = 5
-    started = asyncio.get_running_loop().time()
-    chunks: list[GenerateChunk] = []
-
-    async def collect() -> None:
-        async for chunk in toy.grpc.generate(generate_request(PROMPT, max_tokens=50, seed=3)):
-            chunks.append(chunk)
-
-    with pytest.raises(InstanceLost) as caught:
-        await collect()
-    assert caught.value.retryable
-    assert joined(chunks) == expected(len(joined(chunks)))
-    assert asyncio.get_running_loop().time() - started < 8
-
-
-async def test_stream_tells_the_error_as_its_last_event(toy: Toy) -> None:
-    for instance in toy.decode:
-        instance.step_s = 0.01
-        instance.die_after = 5
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 50, "stream": True}
-    answer = await toy.http.post("/v1/completions", json=body)
-    assert answer.status_code == 200
-    last = [block for block in answer.text.split("\n\n") if block][-1]
-    error = json.loads(last.removeprefix("data: "))["error"]
-    assert (error["code"], error["type"]) == ("instance_lost", "service_unavailable_error")
-
-
-async def test_a_lying_instance_is_replayed(toy: Toy) -> None:
-    for instance in toy.decode:
-        instance.lie_at = 0
-    # Prefill must speak first, so that the lie is told later.
-    for instance in toy.decode:
-        instance.step_s = 0.02
-    assert joined(await toy.generate()) == expected()
-    assert await toy.metric('baton_replays_total{reason="mismatch"}') >= 1
-
-
-async def test_prefill_dies_and_decode_goes_on(toy: Toy) -> None:
-    for instance in toy.decode:
-        instance.step_s = 0.02
-    run = asyncio.create_task(toy.generate())
-    await until(lambda: any(item.submitted for item in toy.decode))
-    await toy.instances["prefill-0"].stop()
-    assert joined(await run) == expected()
-    assert await toy.metric('baton_replays_total{reason="instance_lost"}') == 0
-
-
-async def test_refused_submits_go_elsewhere(toy: Toy) -> None:
-    toy.decode[0].refuse = True
-    results = await asyncio.gather(*(toy.generate() for _ in range(8)))
-    assert [joined(chunks) for chunks in results] == [expected()] * 8
-    assert not toy.decode[0].submitted
+        instance.hold.clear()
+    call = asyncio.create_task(toy.generate(request_id="gone"))
+    await until(lambda: any(item.open for item in toy.decode))
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
     await toy.idle()
-
-
-async def test_silence_is_replayed_within_the_gap(toy: Toy) -> None:
-    frozen = toy.decode[0]
-    frozen.hold.clear()
-    results = await asyncio.gather(*(toy.generate() for _ in range(4)))
-    assert [joined(chunks) for chunks in results] == [expected()] * 4
-    frozen.hold.set()
-    await toy.idle()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("produced", [False, True])
-async def test_disconnect_ends_the_work(toy: Toy, stream: bool, produced: bool) -> None:
-    for instance in toy.instances.values():
-        instance.step_s = 0.02
-        if not produced:
-            instance.hold.clear()
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "stream": stream}
-    async with httpx.AsyncClient(base_url=toy.http.base_url) as client:
-        call = asyncio.create_task(client.post("/v1/completions", json=body))
-        await until(lambda: any(item.open for item in toy.decode))
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
-    await toy.idle()
-    for instance in toy.instances.values():
-        if instance.submitted and instance.name.startswith("decode"):
-            assert instance.aborted
-    assert await toy.metric('baton_aborts_total{reason="disconnect"}') == 1
-
-
-async def test_grpc_cancel_abort_and_deadline_end_the_work(toy: Toy) -> None:
-    for instance in toy.instances.values():
-        instance.step_s = 0.02
-    request = generate_request(PROMPT, max_tokens=200, request_id="long")
-    stream = toy.grpc.generate(request)
-    await anext(stream)
-    with pytest.raises(InvalidRequest, match="still open"):
-        await anext(toy.grpc.generate(request))
-    await stream.aclose()
-    await toy.idle()
-
-    stream = toy.grpc.generate(request)
-    await anext(stream)
-    await toy.grpc.abort("long")
-    with pytest.raises(BatonError) as caught:
-        async for _ in stream:
-            pass
-    assert caught.value.code is Code.ABORTED
-    await toy.idle()
-
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "timeout": 0.2}
-    answer = await toy.http.post("/v1/completions", json=body)
-    assert answer.status_code == 504
-    assert answer.json()["error"]["code"] == "deadline_exceeded"
-    await toy.idle()
-
-
-async def test_controller_away_streams_go_on_and_new_requests_wait(
-    toy: Toy, tmp_path: Path
-) -> None:
-    for instance in toy.instances.values():
-        instance.step_s = 0.02
-    running = asyncio.create_task(toy.generate(max_tokens=60))
-    await until(lambda: any(item.submitted for item in toy.decode))
-    port = int(toy.controller.address.rsplit(":", 1)[1])
-    await toy.controller.stop()
-    waiting = asyncio.create_task(toy.generate(prompt=[9]))
-    assert joined(await running) == expected(60)
-    toy.controller = controller_service(tmp_path, port)
-    await toy.controller.start()
-    for instance in toy.instances.values():
-        await instance.join(toy.controller.address, instance.name.split("-")[0])
-    assert joined(await waiting) == expected(20, prompt=[9])
+    with AdminClient(toy.controller.address) as admin:
+        async with asyncio.timeout(5):
+            while (  # noqa: ASYNC110
+                told := await asyncio.to_thread(admin.explain, "gone")
+            ).outcome == "open":
+                await asyncio.sleep(0.01)
+    assert told.outcome == "abort"
+    assert "aborted" in {mark.stage for mark in told.attempts[0].stages}
 
 
 async def test_explain_tells_attempts_and_stages(toy: Toy) -> None:
@@ -508,35 +267,6 @@ async def test_the_synchronous_client(toy: Toy) -> None:
     assert [len(chunk.logprobs[0].top) for chunk in whole] == [2] * 20
     assert first.token_ids == (expected(1)[0],)
     await toy.idle()
-
-
-async def test_cancel_storm_leaves_nothing(toy: Toy) -> None:
-    for instance in toy.instances.values():
-        instance.step_s = 0.005
-
-    async def one(number: int) -> None:
-        stream = toy.grpc.generate(generate_request([5, 6, number], max_tokens=100))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.002 * (number % 50)):
-                async for _ in stream:
-                    pass
-        await stream.aclose()
-
-    await asyncio.gather(*(one(number) for number in range(100)))
-    await toy.idle()
-
-
-async def test_stop_ends_open_requests_with_a_retryable_error(toy: Toy) -> None:
-    for instance in toy.instances.values():
-        instance.step_s = 0.02
-    running = asyncio.create_task(toy.generate(max_tokens=200))
-    await until(lambda: any(item.submitted for item in toy.decode))
-    await toy.gateway.stop()
-    with pytest.raises(BatonError) as caught:
-        await running
-    assert caught.value.retryable
-    await until(lambda: not any(item.open for item in toy.instances.values()))
-    # The fixture stops it again: that must be harmless.
 
 
 def test_the_toy_model_is_what_the_tests_think() -> None:
