@@ -117,8 +117,10 @@ async def toy_cluster(tmp_path: Path, model_dir: Path) -> AsyncIterator[Toy]:
         client = await stack.enter_async_context(AsyncBatonClient(addresses.grpc))
         made = Toy(controller, gateway, instances, http, client, settings)
         await ready(http)
-        yield made
-        await gateway.stop()
-        for instance in instances.values():
-            await instance.stop()
-        await made.controller.stop()
+        try:
+            yield made
+        finally:
+            await gateway.stop()
+            for instance in instances.values():
+                await instance.stop()
+            await made.controller.stop()
