@@ -36,7 +36,8 @@ class PlacementView:
     max_num_seqs: Ints
     max_num_batched_tokens: Ints
     num_blocks: Ints
-    num_free_blocks: Ints
+    num_available_blocks: Ints
+    """Reported: free, or cached and idle, which is free at once when needed."""
     num_waiting_tokens: Ints
     """Reported: prompt tokens that wait for their computation."""
     num_sequences: Ints
@@ -114,7 +115,7 @@ class Columns:
     def set_load(self, row: int, load: InstanceLoad) -> None:
         """Take over a heartbeat's numbers."""
         ints = self._ints
-        ints("num_free_blocks")[row] = load.num_free_blocks
+        ints("num_available_blocks")[row] = load.num_free_blocks + load.num_cached_blocks
         ints("num_waiting_tokens")[row] = load.num_waiting_tokens
         ints("num_sequences")[row] = load.num_waiting + load.num_running + load.num_pending_kv
 

@@ -108,7 +108,8 @@ def _costs(view: PlacementView) -> tuple[Costs, Costs]:
     """Per row: what one more prefill, and one more decode, would meet there."""
     # Rows without an instance divide by one; no filter lets them through.
     max_seqs = np.maximum(view.max_num_seqs, 1)
-    pressure = _PRESSURE_WEIGHT * (1.0 - view.num_free_blocks / np.maximum(view.num_blocks, 1))
+    free = view.num_available_blocks / np.maximum(view.num_blocks, 1)
+    pressure = _PRESSURE_WEIGHT * (1.0 - free)
     queued_steps = (view.num_waiting_tokens + view.fresh_tokens) / np.maximum(
         view.max_num_batched_tokens, 1
     )

@@ -236,7 +236,14 @@ class DecodeWorker:
             self._settle(pull)
 
     def _copy(self, endpoints: tuple[Endpoint, ...], copies: list[BlockCopy]) -> Receipt:
-        return self._transports.pull(endpoints, self._cache, copies, timeout_s=self._pull_timeout_s)
+        cache = self._cache
+        try:
+            return self._transports.pull(endpoints, cache, copies, timeout_s=self._pull_timeout_s)
+        except BaseException:
+            # Half-arrived bytes may be NaN, which attention's masks do not stop.
+            for copy in copies:
+                cache.block(copy.dst)[:] = bytes(cache.block_bytes)
+            raise
 
     def _on_pulled(self, pull: _Pull, end: int, future: asyncio.Future[Receipt]) -> None:
         pull.pulling = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
@@ -22,7 +23,7 @@ def status(address: str, *, as_json: bool) -> None:
     if as_json:
         _print_json(reply)
         return
-    console = Console()
+    console = make_console()
     ready = "[green]ready[/green]" if reply.ready else "[red]not ready[/red]"
     console.print(
         f"cluster [bold]{reply.cluster}[/bold]  model {reply.model}  epoch {reply.epoch}  {ready}  "
@@ -45,23 +46,44 @@ def status(address: str, *, as_json: bool) -> None:
     console.print(members)
 
 
+def make_console(**options: Any) -> Console:
+    """As wide as the terminal; wide where there is none, so that no table is cut in a file."""
+    console = Console(**options)
+    return console if console.is_terminal else Console(width=160, **options)
+
+
+def life(incarnation: int) -> str:
+    """An incarnation as people read it: the controller's epoch, and the count within it."""
+    return f"{incarnation >> 20}.{incarnation & 0xFFFFF}"
+
+
 def instance_table(reply: cluster_pb2.ClusterStatus) -> Table:
     """One row per instance."""
     table = Table(
-        "instance", "life", "role", "state", "wait", "run", "kv", "held", "blocks", "memory", "pid"
+        "instance",
+        "life",
+        "role",
+        "state",
+        "wait",
+        "run",
+        "kv",
+        "held",
+        "blocks used+cached",
+        "memory",
+        "pid",
     )
     for item in reply.instances:
-        used = item.num_blocks - item.num_free_blocks
+        used = item.num_blocks - item.num_free_blocks - item.num_cached_blocks
         table.add_row(
             item.instance_id,
-            str(item.incarnation),
+            life(item.incarnation),
             item.role,
             item.state,
             str(item.num_waiting),
             str(item.num_running),
             str(item.num_pending_kv),
             str(item.num_held),
-            f"{used}/{item.num_blocks}",
+            f"{used}+{item.num_cached_blocks}/{item.num_blocks}",
             _mib(item.rss_bytes),
             str(item.pid),
         )
@@ -102,7 +124,7 @@ def explain(address: str, request_id: str, *, as_json: bool) -> None:
     if as_json:
         _print_json(reply)
         return
-    console = Console()
+    console = make_console()
     console.print(
         f"request [bold]{reply.request_id}[/bold]  outcome {reply.outcome} {reply.error}\n"
         f"prompt {reply.prompt_tokens} tokens ({reply.cached_tokens} cached), "
@@ -110,8 +132,8 @@ def explain(address: str, request_id: str, *, as_json: bool) -> None:
         f"TTFT {reply.ttft_s * 1000:.1f} ms, TPOT {reply.tpot_s * 1000:.2f} ms"
     )
     for attempt in reply.attempts:
-        prefill = f"{attempt.prefill_instance}#{attempt.prefill_incarnation}"
-        decode = f"{attempt.decode_instance}#{attempt.decode_incarnation}"
+        prefill = f"{attempt.prefill_instance} (life {life(attempt.prefill_incarnation)})"
+        decode = f"{attempt.decode_instance} (life {life(attempt.decode_incarnation)})"
         console.print(
             f"choice {attempt.choice} attempt {attempt.attempt}: prefill {prefill}, "
             f"decode {decode}; {attempt.reason} (of {attempt.num_candidates}); "

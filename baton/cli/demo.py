@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from baton.cli.admin import instance_table
+from baton.cli.admin import instance_table, make_console
 from baton.cli.cluster import Endpoints
 from baton.cli.main import with_clear_errors
 from baton.cli.serve import Stopper, run_cluster
@@ -30,7 +29,7 @@ PROMPT = 'def read_config(path):\n    """Read a configuration file and return a 
 NUM_TOKENS = 96
 _STATUS_EVERY_S = 2.0
 
-console = Console()
+console = make_console()
 
 
 def demo(
@@ -152,7 +151,7 @@ def show_status(endpoints: Endpoints, stopper: Stopper) -> None:
                 continue
             parts = [
                 f"{item.instance_id} {item.role}/{item.state} run {item.num_running} "
-                f"wait {item.num_waiting} blocks {item.num_blocks - item.num_free_blocks}"
+                f"wait {item.num_waiting}"
                 for item in reply.instances
                 if item.state != "dead"
             ]

@@ -1,7 +1,7 @@
 """The contract between the scheduler, which decides, and the runner, which computes.
 
-``Scheduler.schedule(now) -> StepPlan`` (pure) → ``Runner.execute(plan) -> StepResult`` (device) →
-``Scheduler.commit(plan, result, now) -> [Event]`` (pure). One plan may be uncommitted while the next
+``Engine.schedule(now) -> StepPlan`` (pure) → ``Runner.execute(plan) -> StepResult`` (device) →
+``Engine.commit(plan, result, now) -> [Event]`` (pure). One plan may be uncommitted while the next
 is made, so a plan never needs the previous plan's tokens on the host: a row with
 ``token_ids=None`` takes the token that the runner last sampled for its slot.
 
@@ -37,7 +37,7 @@ class SequenceStep:
     start: int
     """Position of the first token computed here: tokens [0, start) are in the cache."""
     token_ids: tuple[int, ...] | None
-    """Input tokens at [start, start + n); ``None``: one token, the last one sampled for the slot."""
+    """Input tokens at [start, start + n); ``None``: one, the last one sampled for the slot."""
     block_table: tuple[int, ...]
     """Block numbers that cover positions [0, start + num_tokens)."""
     sample: bool

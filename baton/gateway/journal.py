@@ -74,6 +74,10 @@ class AttemptLog:
     stages: list[StageMark] = dataclasses.field(default_factory=list)
 
 
+def _says(output: TokenOutput) -> tuple[int, bool]:
+    return len(output.token_ids), output.finish_reason is not None
+
+
 class Journal:
     """All that is known of one submission. Times are monotonic seconds given by the caller."""
 
@@ -273,7 +277,8 @@ class Journal:
         if self._hole_since_s is None:
             self._hole_since_s = now
         kept = self._early.get(output.index)
-        if kept is None or len(kept.token_ids) <= len(output.token_ids):
+        # Of two that begin alike, the one that says more.
+        if kept is None or _says(kept) < _says(output):
             self._early[output.index] = output
         if len(self._early) <= MAX_EARLY_OUTPUTS:
             return None

@@ -142,7 +142,7 @@ class InstanceServer:
 
     async def stop(self) -> None:
         """Stop serving and release everything. Bounded."""
-        self.instance.hub.close()
+        self.instance.hub.end_all()
         await self._server.stop(_GRACE_S)
         self.prefill.stop()
         await self.decode.stop()
@@ -317,10 +317,15 @@ class InstanceService(instance_pb2_grpc.InstanceServicer):
         self, request: instance_pb2.TokensRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[instance_pb2.TokenBatch]:
         """All tokens of one gateway's requests, one message per step."""
-        stream = self._instance.hub.stream(request.gateway_id)
-        await context.send_initial_metadata(())
-        async for outputs in stream:
-            yield outputs_to_batch(self._instance.incarnation, outputs)
+        hub = self._instance.hub
+        stream = hub.open(request.gateway_id)
+        try:
+            # Says that the stream is open: the gateway submits only after it.
+            await context.send_initial_metadata(())
+            async for outputs in stream:
+                yield outputs_to_batch(self._instance.incarnation, outputs)
+        finally:
+            hub.close(stream)
 
     async def Handoff(
         self,

@@ -90,7 +90,9 @@ class ControllerSession:
     async def _register(self, stub: controller_pb2_grpc.ControllerAsyncStub) -> None:
         reply = await stub.RegisterInstance(
             controller_pb2.RegisterInstanceRequest(
-                instance=instance_to_record(self._describe()), known_epoch=self._epoch
+                instance=instance_to_record(self._describe()),
+                known_epoch=self._epoch,
+                draining=self._role.duty.draining,
             ),
             timeout=_CALL_TIMEOUT_S,
             wait_for_ready=True,

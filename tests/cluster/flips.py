@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from baton.client.admin import AdminClient
 from baton.core.cluster import Role
-
 from tests.cluster.harness import Cluster
 from tests.cluster.load import Load, streaming_load
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import httpx
 import psutil
-from baton.client.admin import AdminClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from baton.client.admin import AdminClient
 from protos.baton.v1 import cluster_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,7 +220,7 @@ HELD_GAUGES = (
 
 def held(cluster: Cluster) -> dict[str, float]:
     """Everything that requests hold on any instance, by instance and gauge; zero when idle."""
-    found = {}
+    found: dict[str, float] = {}
     for item in cluster.live_instances():
         values = metrics(item.metrics_address)
         found |= {f"{item.instance_id} {name}": values[name] for name in HELD_GAUGES}

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Sequence
 
 from baton.client.admin import AdminClient
-
 from tests.cluster.harness import Cluster
 from tests.cluster.load import Load, streaming_load
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import uuid
@@ -12,24 +13,40 @@ SUBNET = "10.213.77"
 OUTSIDE = f"{SUBNET}.254"
 
 
-class Machine:
-    """A namespace with its own network stack, /dev/shm and Ray folder."""
+_INSIDE = (
+    "mount --make-rprivate / && mount -t tmpfs -o size=4g tmpfs /dev/shm && mkdir -p /tmp/ray && "
+    "mount -t tmpfs tmpfs /tmp/ray && echo up && exec sleep infinity"
+)
 
-    def __init__(self, name: str, address: str) -> None:
-        self.name = name
-        self.address = address
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+    """A network stack, a /dev/shm and a Ray folder of its own, held open by a process."""
+
+    name: str
+    address: str
+    holder: int
+    """Pid of the process whose namespaces these are."""
 
     def command(self, args: Sequence[str]) -> list[str]:
         """``args`` as run on this machine."""
-        inside = (
-            "mount --make-rprivate / && mount -t tmpfs -o size=4g tmpfs /dev/shm && "
-            "mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && "
-            'ip link set lo up && exec "$@"'
-        )
-        return [
-            *("ip", "netns", "exec", self.name, "unshare", "--mount", "--ipc"),
-            *("sh", "-c", inside, "sh", *args),
-        ]
+        return ["nsenter", f"--target={self.holder}", "--mount", "--net", "--ipc", *args]
+
+
+@contextlib.contextmanager
+def _machine(name: str, address: str) -> Iterator[Machine]:
+    holder = subprocess.Popen(
+        ["ip", "netns", "exec", name, "unshare", "--mount", "--ipc", "sh", "-c", _INSIDE],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "up\n"
+        yield Machine(name, address, holder.pid)
+    finally:
+        holder.terminate()
+        holder.wait(10)
 
 
 @contextlib.contextmanager
@@ -37,25 +54,25 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
     """Two machines that reach each other, and this one, over a bridge only."""
     suffix = uuid.uuid4().hex[:6]
     bridge = f"btbr{suffix}"
-    machines = [
-        Machine(f"bt{letter}{suffix}", f"{SUBNET}.{i}") for i, letter in ((1, "a"), (2, "b"))
-    ]
     with contextlib.ExitStack() as stack:
         _ip("link", "add", bridge, "type", "bridge")
         stack.callback(_ip, "link", "del", bridge)
         _ip("addr", "add", f"{OUTSIDE}/24", "dev", bridge)
         _ip("link", "set", bridge, "up")
-        for machine in machines:
-            _ip("netns", "add", machine.name)
-            stack.callback(_ip, "netns", "del", machine.name)
-            outer, inner = f"{machine.name}o", f"{machine.name}i"
+        machines = []
+        for number, letter in ((1, "a"), (2, "b")):
+            name, address = f"bt{letter}{suffix}", f"{SUBNET}.{number}"
+            outer, inner = f"{name}o", f"{name}i"
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "del", name)
             _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
-            _ip("link", "set", inner, "netns", machine.name)
+            _ip("link", "set", inner, "netns", name)
             _ip("link", "set", outer, "master", bridge)
             _ip("link", "set", outer, "up")
-            _ip("-n", machine.name, "addr", "add", f"{machine.address}/24", "dev", inner)
-            _ip("-n", machine.name, "link", "set", inner, "up")
-            _ip("-n", machine.name, "link", "set", "lo", "up")
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", inner)
+            _ip("-n", name, "link", "set", inner, "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            machines.append(stack.enter_context(_machine(name, address)))
         yield machines[0], machines[1]
 
 

@@ -49,7 +49,7 @@ def corpus() -> list[int]:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     names = ("argparse.py", "ast.py", "calendar.py", "configparser.py", "dataclasses.py")
     text = "".join((stdlib / name).read_text() for name in names)
-    ids: list[int] = tokenizer()(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -98,7 +98,7 @@ def check_greedy(prompt: Sequence[int], output: Sequence[int]) -> list[str]:
     view = forced(prompt, output)
     best = view.logits.argmax(-1)
     ties = []
-    for i in np.nonzero(best != np.asarray(output))[0]:
+    for i in np.nonzero(best != np.asarray(output))[0].tolist():
         gap = view.logits[i, best[i]] - view.logits[i, output[i]]
         margin = view.router_margin[i]
         where = f"prompt of {len(prompt)} tokens, output token {i}: {output[i]} for {best[i]}"

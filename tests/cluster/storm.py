@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 
 import httpx
+
 from baton.client import AsyncBatonClient, generate_request
 from baton.core.errors import Aborted, DeadlineExceeded
-
 from tests.cluster.harness import Cluster, body, http_client, sse
 
 

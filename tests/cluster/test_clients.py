@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -128,8 +128,9 @@ def test_choices_stop_echo_and_logprobs(client: OpenAI) -> None:
     assert logprobs.token_logprobs is not None
     num_prompt = len(oracle.tokenizer()(PROMPT)["input_ids"])
     assert len(logprobs.token_logprobs) == num_prompt + 4
-    assert logprobs.token_logprobs[0] is None
-    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    first, *others = cast("list[float | None]", logprobs.token_logprobs)
+    assert first is None
+    assert all(value is not None and value <= 0 for value in others)
 
 
 async def test_async_client(pair: Cluster) -> None:
@@ -200,8 +201,8 @@ def test_health_and_reflection(pair: Cluster) -> None:
     importlib.import_module("grpc_reflection.v1alpha")
     with grpc.insecure_channel(pair.grpc) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "baton.v1.Inference"):
-            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        for name in ("", "baton.v1.Inference"):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         database = ProtoReflectionDescriptorDatabase(channel)
         assert "baton.v1.Inference" in database.get_services()

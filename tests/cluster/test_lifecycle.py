@@ -11,8 +11,8 @@ import sys
 
 import httpx
 import pytest
-from baton.client.admin import AdminClient
 
+from baton.client.admin import AdminClient
 from tests.cluster import oracle
 from tests.cluster.harness import (
     DEMO_MODEL,

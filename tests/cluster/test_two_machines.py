@@ -26,6 +26,8 @@ from tests.cluster.harness import (
 from tests.cluster.machines import OUTSIDE, Machine, two_machines
 
 RAY_PORT = "6391"
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+"""Ray makes a token per machine; a real deployment hands one to all of its nodes."""
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def ray_node(machine: Machine, *args: str) -> Iterator[None]:
             machine.command(line),
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, RUN_ID: run_id},
+            env={**os.environ, **NO_TOKEN, RUN_ID: run_id},
         )
         try:
             yield
@@ -86,6 +88,7 @@ def cluster_over_two_machines() -> Iterator[Cluster]:
                 *("--address", address, "--store", store),
                 settings={"resources": where},
                 command=a.command([sys.executable, "-m", "baton.cli.main"]),
+                extra_env=NO_TOKEN,
             )
         )
 

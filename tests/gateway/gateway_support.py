@@ -266,5 +266,5 @@ def _logprobs(token: int, count: int) -> instance_pb2.TokenLogprobsRecord:
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Wait for something that another task brings about."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is watched has no event
+        while not condition():
             await asyncio.sleep(0.005)

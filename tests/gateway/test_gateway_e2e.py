@@ -184,9 +184,7 @@ async def test_explain_of_an_abort(toy: Toy) -> None:
     await toy.idle()
     with AdminClient(toy.controller.address) as admin:
         async with asyncio.timeout(5):
-            while (  # noqa: ASYNC110
-                told := await asyncio.to_thread(admin.explain, "gone")
-            ).outcome == "open":
+            while (told := await asyncio.to_thread(admin.explain, "gone")).outcome == "open":
                 await asyncio.sleep(0.01)
     assert told.outcome == "abort"
     assert "aborted" in {mark.stage for mark in told.attempts[0].stages}
@@ -196,9 +194,7 @@ async def test_explain_tells_attempts_and_stages(toy: Toy) -> None:
     await toy.generate(request_id="why", n=2)
     with AdminClient(toy.controller.address) as admin:
         async with asyncio.timeout(5):
-            while (  # noqa: ASYNC110
-                told := await asyncio.to_thread(admin.explain, "why")
-            ).outcome == "open":
+            while (told := await asyncio.to_thread(admin.explain, "why")).outcome == "open":
                 await asyncio.sleep(0.01)
         status = await asyncio.to_thread(admin.status)
     assert told.outcome == "length"

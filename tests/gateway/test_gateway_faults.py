@@ -72,10 +72,11 @@ async def test_a_lying_instance_is_replayed(toy: Toy) -> None:
 async def test_prefill_dies_and_decode_goes_on(toy: Toy) -> None:
     for instance in toy.decode:
         instance.step_s = 0.02
-    run = asyncio.create_task(toy.generate())
-    await until(lambda: any(item.submitted for item in toy.decode))
+    request = generate_request(PROMPT, max_tokens=20, seed=3, ignore_eos=True)
+    stream = toy.grpc.generate(request)
+    first = await anext(stream)
     await toy.instances["prefill-0"].stop()
-    assert joined(await run) == expected()
+    assert joined([first, *[chunk async for chunk in stream]]) == expected()
     assert await toy.metric('baton_replays_total{reason="instance_lost"}') == 0
 
 

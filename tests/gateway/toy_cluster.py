@@ -49,7 +49,7 @@ class Toy:
         """Nothing runs anywhere."""
         await until(lambda: not any(item.open for item in self.instances.values()))
         async with asyncio.timeout(5):
-            while await self.metric("baton_requests_open"):  # noqa: ASYNC110
+            while await self.metric("baton_requests_open"):
                 await asyncio.sleep(0.01)
 
 
@@ -78,7 +78,7 @@ def controller_service(tmp_path: Path, port: int = 0) -> ControllerService:
 
 async def ready(http: httpx.AsyncClient) -> None:
     async with asyncio.timeout(5):
-        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110
+        while (await http.get("/ready")).status_code != 200:
             await asyncio.sleep(0.01)
 
 
