@@ -30,7 +30,10 @@ class Machine:
 
     def command(self, args: Sequence[str]) -> list[str]:
         """``args`` as run on this machine."""
-        return ["nsenter", f"--target={self.holder}", "--mount", "--net", "--ipc", *args]
+        # Entering a mount namespace leaves the working folder behind.
+        folder = f"--wd={os.getcwd()}"
+        target = f"--target={self.holder}"
+        return ["nsenter", target, folder, "--mount", "--net", "--ipc", *args]
 
 
 @contextlib.contextmanager

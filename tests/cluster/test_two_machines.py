@@ -37,7 +37,7 @@ def ray_node(machine: Machine, *args: str) -> Iterator[None]:
     ray = str(Path(sys.executable).with_name("ray"))
     line = [ray, "start", "--block", f"--node-ip-address={machine.address}", "--num-cpus=1"]
     line += ["--object-store-memory=80000000", "--disable-usage-stats", *args]
-    with tempfile.TemporaryFile() as log:
+    with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
             machine.command(line),
             stdout=log,
@@ -45,6 +45,11 @@ def ray_node(machine: Machine, *args: str) -> Iterator[None]:
             env={**os.environ, **NO_TOKEN, RUN_ID: run_id},
         )
         try:
+            wait_until(
+                lambda: b"Ray runtime started" in Path(log.name).read_bytes(),
+                timeout_s=60.0,
+                what=f"Ray on {machine.name}",
+            )
             yield
         except BaseException:
             log.seek(0)
@@ -79,7 +84,6 @@ def cluster_over_two_machines() -> Iterator[Cluster]:
         head = ("--head", f"--port={RAY_PORT}", "--include-dashboard=false")
         stack.enter_context(ray_node(a, *head, '--resources={"node_a": 1}'))
         address = f"{a.address}:{RAY_PORT}"
-        # The second node retries until the first one answers.
         stack.enter_context(ray_node(b, f"--address={address}", '--resources={"node_b": 1}'))
         where = {"prefill": {"node_a": 0.01}, "decode": {"node_b": 0.01}}
         yield stack.enter_context(
