@@ -1,12 +1,10 @@
-"""What the controller tells Prometheus, on an HTTP port of its own."""
+"""What the controller tells Prometheus."""
 
 from __future__ import annotations
 
 import collections
-import threading
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from baton.core.cluster import Placement, Role
 from controller.events import Placed
@@ -17,7 +15,7 @@ _DECISION_BUCKETS_S = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class ControllerMetrics:
-    """Written by the shell on its loop, read by the HTTP server's thread."""
+    """Written by the shell, read by a scrape, all on one loop."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -58,21 +56,6 @@ class ControllerMetrics:
             self.placements.labels(outcome)
         for result in ("done", "refused", "timed_out", "lost"):
             self.role_switches.labels(result)
-        self._server: tuple[WSGIServer, threading.Thread] | None = None
-
-    def serve(self, host: str) -> int:
-        """Serve on a free port; the port."""
-        self._server = start_http_server(0, addr=host, registry=self.registry)
-        return int(self._server[0].server_port)
-
-    def close(self) -> None:
-        """Stop serving. Blocks for as long as a scrape takes."""
-        if self._server is not None:
-            server, thread = self._server
-            self._server = None
-            server.shutdown()
-            server.server_close()
-            thread.join(timeout=2.0)
 
     def observe_placed(self, command: Placed) -> None:
         """Count a batch's results."""

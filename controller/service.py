@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc.aio
+from prometheus_client import make_asgi_app
 
 from baton.core.clock import Clock, SystemClock
 from baton.core.config import ControllerConfig
@@ -19,6 +20,7 @@ from controller.shell import ControllerShell
 from controller.store import MetadataStore
 from controller.store_writer import StoreWriter
 from protos.baton.v1 import cluster_pb2
+from protos.http import HttpServer
 from protos.serving import server_options
 
 _STOP_GRACE_S = 1.0
@@ -51,6 +53,12 @@ class ControllerService:
         self._clock = clock or SystemClock()
         self._store = store or open_store(store_url, cluster)
         self._metrics = ControllerMetrics()
+        self._http = HttpServer(
+            make_asgi_app(self._metrics.registry),
+            host=host,
+            setting="metrics port",
+            stop_grace_s=_STOP_GRACE_S,
+        )
         self._server: grpc.aio.Server | None = None
         self._shell: ControllerShell | None = None
         self._writer: StoreWriter | None = None
@@ -87,7 +95,7 @@ class ControllerService:
             await self._writer.stop(_FLUSH_S)
             self._writer = None
         await self._store.close()
-        await asyncio.to_thread(self._metrics.close)
+        await self._http.stop()
 
     async def wait_failed(self) -> BaseException:
         """The controller does not break by itself: errors end calls, not the service."""
@@ -117,7 +125,7 @@ class ControllerService:
             raise ConfigError(error.message, param="store") from error
         self._writer = StoreWriter(self._store, address=self.address, epoch=epoch, values=stored)
         self._writer.start()
-        self.metrics_address = f"{self._host}:{self._metrics.serve(self._host)}"
+        self.metrics_address = await self._http.start()
         core = ControllerCore(self._config, epoch=epoch, stored=stored)
         self._shell = ControllerShell(core, self._clock, self._writer, self._metrics)
         constants = cluster_pb2.ClusterStatus(

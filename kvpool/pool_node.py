@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 import psutil
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, make_asgi_app
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -23,6 +23,7 @@ from baton.core.errors import ConfigError
 from kvpool.arena_owners import ArenaOwners
 from kvpool.presence import HEARTBEAT_S, Presence
 from protos.baton.internal.v1 import controller_pb2, pool_pb2, pool_pb2_grpc
+from protos.http import HttpServer
 from protos.serving import server_options
 
 _STOP_GRACE_S = 1.0
@@ -83,7 +84,7 @@ class PoolNode:
         """
         self._failed = asyncio.get_running_loop().create_future()
         async with contextlib.AsyncExitStack() as stack:
-            self._start_metrics(stack)
+            await self._start_metrics(stack)
             stack.push_async_callback(self._leave_arenas)
             self._owners.adopt()
             await self._start_server(stack)
@@ -109,25 +110,19 @@ class PoolNode:
         else:
             self._owners.detach()
 
-    def _start_metrics(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _start_metrics(self, stack: contextlib.AsyncExitStack) -> None:
         registry = CollectorRegistry()
         registry.register(_PoolCollector(self._owners))
         ProcessCollector(registry=registry)
-        try:
-            server, thread = start_http_server(self._metrics_port, self._host, registry)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot serve metrics on {self._host}:{self._metrics_port}: {error}",
-                param="metrics_port",
-            ) from error
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        stack.push_async_callback(asyncio.to_thread, stop)
-        self._http_address = f"{self._host}:{server.server_port}"
+        http = HttpServer(
+            make_asgi_app(registry),
+            host=self._host,
+            port=self._metrics_port,
+            setting="metrics_port",
+            stop_grace_s=_STOP_GRACE_S,
+        )
+        self._http_address = await http.start()
+        stack.push_async_callback(http.stop)
 
     async def _start_server(self, stack: contextlib.AsyncExitStack) -> None:
         server = grpc.aio.server(options=server_options())

@@ -1,9 +1,13 @@
-"""An ASGI app on the caller's event loop: uvicorn without its signal handlers and its ticking."""
+"""An ASGI app on the caller's event loop: uvicorn without its signal handlers and its ticking.
+
+The one way in which Baton's processes serve HTTP: the gateway's door, and everyone's metrics.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -11,20 +15,28 @@ from typing import Any
 import uvicorn
 
 from baton.core.errors import ConfigError
+from protos.serving import connectable
 
-_STOP_TIMEOUT_S = 5.0
+STOP_GRACE_S = 3.0
 _START_TIMEOUT_S = 10.0
+_BACKLOG = 2048
+# uvicorn's own share of a stop, beyond the grace it gives to open calls.
+_STOP_SLACK_S = 1.0
 
 
 class _EventServer(uvicorn.Server):
-    """Sleeps until told to stop; uvicorn's own loop wakes ten times a second to look."""
+    """Sleeps until told to stop; uvicorn's own loop wakes ten times a second to look.
+
+    That loop only watches a flag and renews a date header, which is off here.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.up = asyncio.Event()
         self.exit = asyncio.Event()
 
     async def main_loop(self) -> None:
-        await self.on_tick(0)
+        self.up.set()
         await self.exit.wait()
 
     @contextlib.contextmanager
@@ -40,24 +52,95 @@ class HttpServer:
         app: the ASGI application.
         host, port: where to bind; port 0 takes a free one.
         setting: the setting's name, for the error when the port is in use.
+        stop_grace_s: how long :meth:`stop` lets open calls go on; whole seconds.
     """
 
-    def __init__(self, app: Any, *, host: str, port: int = 0, setting: str = "http_port") -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        host: str,
+        port: int = 0,
+        setting: str = "http_port",
+        stop_grace_s: float = STOP_GRACE_S,
+    ) -> None:
         self._app = app
         self._host = host
         self._port = port
         self._setting = setting
+        self._stop_grace_s = math.ceil(stop_grace_s)
         self._server: _EventServer | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Bind and serve. Returns host:port. Raises ConfigError if the port is taken."""
-        bound = socket.socket()
+        """Bind and serve; returns the address for others to dial, once calls are accepted.
+
+        Raises ConfigError, and holds nothing, if the port cannot be had.
+        """
+        bound = self._bind()
+        config = uvicorn.Config(
+            self._app,
+            http="httptools",
+            ws="none",
+            loop="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=self._stop_grace_s,
+        )
+        self._server = server = _EventServer(config)
+        self._task = asyncio.create_task(server.serve(sockets=[bound]), name="http server")
+        up = asyncio.create_task(server.up.wait())
+        try:
+            await asyncio.wait(
+                {up, self._task}, timeout=_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if self._task.done():
+                self._task.result()
+            if not server.up.is_set():
+                raise TimeoutError(f"the HTTP server did not start within {_START_TIMEOUT_S:g} s")
+        except BaseException:
+            self._task.cancel()
+            bound.close()
+            raise
+        finally:
+            up.cancel()
+        return f"{connectable(self._host)}:{bound.getsockname()[1]}"
+
+    async def stop(self) -> None:
+        """Stop accepting, let open calls end within the grace, cut the rest. Idempotent."""
+        if self._server is None or self._task is None:
+            return
+        server, self._server = self._server, None
+        server.should_exit = True
+        server.exit.set()
+        await asyncio.wait([self._task], timeout=self._stop_grace_s + _STOP_SLACK_S)
+        self._task.cancel()
+        for connection in list(server.server_state.connections):
+            # A client that does not read what it was sent.
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    async def wait_failed(self) -> BaseException:
+        """Return why serving ended by itself; never returns before that. Only after start."""
+        assert self._task is not None, "not started"
+        await asyncio.wait({self._task})
+        error = None if self._task.cancelled() else self._task.exception()
+        return error or RuntimeError("the HTTP server ended")
+
+    def _bind(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        bound = socket.socket(family, socket.SOCK_STREAM)
         try:
             # Lets a restarted process take its port back at once; never shares a live one.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind((self._host, self._port))
-            bound.listen(2048)
+            # Listening makes the second of two binders fail here and not later.
+            bound.listen(_BACKLOG)
+            bound.setblocking(False)
         except OSError as error:
             bound.close()
             raise ConfigError(
@@ -65,25 +148,4 @@ class HttpServer:
                 f"({error.strerror}); choose another or stop what uses it",
                 param=self._setting,
             ) from error
-        config = uvicorn.Config(
-            self._app,
-            lifespan="off",
-            access_log=False,
-            log_level="warning",
-            date_header=False,
-            http="httptools",
-            timeout_graceful_shutdown=int(_STOP_TIMEOUT_S),
-        )
-        self._server = _EventServer(config)
-        self._task = asyncio.ensure_future(self._server.serve(sockets=[bound]))
-        host, port = bound.getsockname()[:2]
-        return f"{host}:{port}"
-
-    async def stop(self) -> None:
-        """Stop accepting, let open calls end (bounded), close. Idempotent."""
-        if self._server is None or self._task is None:
-            return
-        self._server.should_exit = True
-        self._server.exit.set()
-        await asyncio.wait([self._task], timeout=_STOP_TIMEOUT_S + 1.0)
-        self._task.cancel()
+        return bound

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
@@ -69,6 +70,13 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.enable_http_proxy", 0),
         ("grpc.default_compression_algorithm", int(grpc.Compression.NoCompression)),
     ]
+
+
+def connectable(host: str) -> str:
+    """A bound host as others can dial it: never the wildcard, and IPv6 in brackets."""
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
 
 
 class Service(Protocol):

@@ -81,8 +81,8 @@ class Cluster:
         self._channel: grpc.aio.Channel | None = None
         self._member: Member | None = None
 
-    async def start(self, member: Member) -> None:
-        """Begin to connect; returns at once."""
+    def start(self, member: Member) -> None:
+        """Begin to connect; returns at once. Called on the loop."""
         self._member = member
         self._channel = grpc.aio.insecure_channel(self._address, options=channel_options())
         self._stub = controller_pb2_grpc.ControllerStub(self._channel)

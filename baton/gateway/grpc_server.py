@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -49,7 +50,7 @@ class GrpcDoor:
         self._clock = clock
         self._checker = checker
         self._dtype = dtype
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = _Health()
 
     def server(self) -> grpc.aio.Server:
         """A server with all services, bound to nothing yet."""
@@ -74,6 +75,11 @@ class GrpcDoor:
         )
         for name in ("", SERVICE_NAME):
             await self._health.set(name, status)
+
+    async def end_watches(self) -> None:
+        """Say NOT_SERVING for good and end the health streams: a stop would wait for them."""
+        await self._health.enter_graceful_shutdown()
+        self._health.ending.set()
 
     def _handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         return grpc.method_handlers_generic_handler(
@@ -211,6 +217,27 @@ class GrpcDoor:
     def _text(self, token_id: int) -> str:
         tokenizer = self._checker().tokenizer
         return "" if tokenizer is None else tokenizer.token_text(token_id)
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]
+    """The standard service, whose watches end when the server is about to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ending = asyncio.Event()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """See the health checking protocol."""
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        ending = asyncio.ensure_future(self.ending.wait())
+        try:
+            await asyncio.wait({watch, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+        finally:
+            watch.cancel()
+            ending.cancel()
+            await asyncio.gather(watch, ending, return_exceptions=True)
 
 
 def _sampling_fields(sampling: inference_pb2.SamplingParams) -> dict[str, object]:

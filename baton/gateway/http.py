@@ -157,6 +157,7 @@ class HttpDoor:
             "created": self._created_s,
             "owned_by": "baton",
             "max_model_len": checker.max_model_len,
+            "vocab_size": checker.model.vocab_size,
         }
 
 

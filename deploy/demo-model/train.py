@@ -36,7 +36,7 @@ from corpus import (
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-SAMPLE_PROMPTS = ["def read_", "class Queue:\n", "import os\n\n\ndef "]
+SAMPLE_PROMPTS = ["def read(self, size):\n", "class Queue:\n", "import os\n"]
 SAMPLE_CHAT = "Write a Python function named `is_empty`."
 
 

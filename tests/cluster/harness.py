@@ -114,6 +114,7 @@ def serving(
     stop_signal: signal.Signals = signal.SIGTERM,
     command: Sequence[str] | None = None,
     extra_env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
 ) -> Iterator[Cluster]:
     """Run ``baton serve`` for the block; then no process and no shared memory may be left."""
     name = f"t{uuid.uuid4().hex[:8]}"
@@ -136,7 +137,7 @@ def serving(
             line += ["--config", str(config)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                line, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=ROOT
+                line, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd
             )
         try:
             _wait_ready(process, ready_file, log)

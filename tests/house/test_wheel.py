@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import baton
+from baton.client import BatonClient
+from tests.cluster import oracle, tokens
+from tests.cluster.harness import serving
 from tests.house.files import PACKAGES, ROOT, package_files
 
 
@@ -78,3 +81,20 @@ def test_modules_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
 
 def test_command_of_the_wheel_runs(installed: Path, tmp_path: Path) -> None:
     assert "serve" in run([str(installed / "baton"), "--help"], tmp_path)
+
+
+def test_the_wheel_serves(installed: Path, tmp_path: Path) -> None:
+    """A cluster out of the wheel, started elsewhere; its processes run the wheel's code."""
+    where = run([str(installed / "python"), "-c", "import baton; print(baton.__file__)"], tmp_path)
+    mark = f"{baton.__version__}+wheel"
+    init = Path(where.strip())
+    init.write_text(init.read_text().replace(baton.__version__, mark))
+    prompt = oracle.corpus()[:40]
+    command = [str(installed / "baton")]
+    with serving("--prefill", "1", "--decode", "1", command=command, cwd=tmp_path) as cluster:
+        [output] = tokens.run_greedy(cluster, [prompt], num_tokens=16, concurrency=1)
+        tokens.check_greedy([prompt], [output])
+        with BatonClient(cluster.grpc) as client:
+            assert client.model_info().version == mark
+        found = run([*command, "status", "--cluster", cluster.name], tmp_path)
+        assert "decode-0" in found
