@@ -111,8 +111,10 @@ class PrefillWorker:
         self._handoffs: dict[str, _Handoff] = {}
         self._leases = LeaseTable()
         self._early_wants: dict[Key, tuple[PeerStream, float]] = {}
-        self._ended: collections.OrderedDict[Key, None] = collections.OrderedDict()
+        self._ended: collections.OrderedDict[Key, bool] = collections.OrderedDict()
+        """Whether nothing was left to do for the decode side either."""
         self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
         self.counters = PrefillCounters()
 
     @property
@@ -136,7 +138,8 @@ class PrefillWorker:
         if handoff is None:
             return
         sent = handoff.num_sent
-        if event.generations[:sent] != handoff.generations[:sent]:
+        known = (handoff.blocks[:sent], handoff.generations[:sent])
+        if (event.blocks[:sent], event.generations[:sent]) != known:
             # Preempted meanwhile, it started again in other blocks.
             handoff.num_sent = 0
         handoff.blocks = event.blocks
@@ -160,17 +163,21 @@ class PrefillWorker:
                 self._publish(handoff)
 
     def close(self, request_id: str, *, code: str, message: str, finished: bool = False) -> None:
-        """The request ended here (at token 0, by abort, by failure): tell who waits for it."""
+        """The request ended here (at token 0, by abort, by failure): tell who waits for it.
+
+        ``finished``: it ended for the decode side too, which has nothing to recompute.
+        """
         handoff = self._handoffs.pop(request_id, None)
         if handoff is None:
             return
         self._leases.release(handoff.key)
-        self._remember_end(handoff.key)
+        self._remember_end(handoff.key, finished=finished)
         if handoff.peer is not None:
             self._send_failed(handoff.peer, handoff.key, code, message, finished=finished)
 
     def stop(self) -> None:
-        """Cancel the timer; the engine frees what is held."""
+        """Set no timer any more; the engine frees what is held."""
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -219,8 +226,10 @@ class PrefillWorker:
                 elif kind == "done":
                     done = message.done
                     self._done((done.request_id, done.attempt), ok=done.ok)
-        except grpc.RpcError as error:
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
             logger.info("handoff stream of %s broke: %s", peer.instance_id, error)
+        except Exception:  # a bug: the stream ends, and the decode side recomputes
+            logger.exception("handoff stream of %s", peer.instance_id)
         finally:
             peer.queue.put_nowait(None)
 
@@ -230,10 +239,16 @@ class PrefillWorker:
             newer = handoff is not None and handoff.key[1] > key[1]
             if newer or key in self._ended:
                 self._send_failed(
-                    peer, key, Code.ABORTED, f"{key[0]} has ended on the prefill side"
+                    peer,
+                    key,
+                    Code.ABORTED,
+                    f"{key[0]} has ended on the prefill side",
+                    finished=self._ended.get(key, False),
                 )
             else:
-                self._early_wants[key] = (peer, self._clock.now() + _EARLY_WANT_S)
+                # A repeated want does not move the limit: it would never be reached.
+                _, deadline = self._early_wants.get(key, (peer, self._clock.now() + _EARLY_WANT_S))
+                self._early_wants[key] = (peer, deadline)
                 self._arm_timer()
             return
         if key in self._leases:
@@ -264,7 +279,7 @@ class PrefillWorker:
     def _let_go(self, handoff: _Handoff) -> None:
         self._handoffs.pop(handoff.key[0], None)
         self._leases.release(handoff.key)
-        self._remember_end(handoff.key)
+        self._remember_end(handoff.key, finished=False)
         self._release(handoff.key[0])
 
     def _forget_peer(self, peer: PeerStream) -> None:
@@ -307,8 +322,8 @@ class PrefillWorker:
         )
         peer.queue.put_nowait(instance_pb2.HandoffEvent(failed=failed))
 
-    def _remember_end(self, key: Key) -> None:
-        self._ended[key] = None
+    def _remember_end(self, key: Key, *, finished: bool) -> None:
+        self._ended[key] = finished
         while len(self._ended) > _MAX_REMEMBERED_ENDS:
             self._ended.popitem(last=False)
 
@@ -318,6 +333,8 @@ class PrefillWorker:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._stopped:
+            return
         deadlines = [deadline for _, deadline in self._early_wants.values()]
         next_lease = self._leases.next_deadline()
         if next_lease is not None:
@@ -337,5 +354,7 @@ class PrefillWorker:
             if handoff is not None and handoff.key == key:
                 logger.warning("lease of %s ended unclaimed; its blocks are released", key[0])
                 self.counters.num_expired_leases += 1
+                if handoff.peer is not None:
+                    self._send_failed(handoff.peer, key, Code.ABORTED, "its lease ended")
                 self._let_go(handoff)
         self._arm_timer()

@@ -16,6 +16,7 @@ import grpc
 import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton.cli.processes import RayProcesses
 from baton.core.config import ServeConfig
 from baton.core.errors import BatonError, ConfigError
 from baton.engine.checkpoint import Checkpoint, open_checkpoint
@@ -32,7 +33,6 @@ from protos.serving import channel_options
 logger = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """The least Ray takes: no token, plan or KV byte travels through its object store."""
 
@@ -54,20 +54,30 @@ class ClusterRun:
     Args:
         config: what to run.
         progress: told each step, for people.
-        after_ray: called when Ray runs; it has replaced the process's signal handlers by then.
+        deferred: made around what a signal must not interrupt; Ray replaces signal handlers there.
+        on_dead: told, from a thread, why the cluster cannot go on, if its own Ray ends.
     """
 
     def __init__(
-        self, config: ServeConfig, *, progress: Progress, after_ray: Callable[[], None]
+        self,
+        config: ServeConfig,
+        *,
+        progress: Progress,
+        deferred: Callable[[], contextlib.AbstractContextManager[None]],
+        on_dead: Callable[[str], None],
     ) -> None:
         self.config = config
         self._progress = progress
-        self._after_ray = after_ray
-        self._actors: list[Any] = []
+        self._deferred = deferred
+        self._on_dead = on_dead
+        self._controller: list[Any] = []
+        self._gateways: list[Any] = []
         self._instances: dict[str, Any] = {}
         self._pools: list[Any] = []
+        self._up: set[Any] = set()
+        """Actors that have served: the others cannot be asked to stop."""
         self._shm = "/dev/shm"
-        self._started_ray = False
+        self._ray_processes: RayProcesses | None = None
 
     def check(self) -> Checkpoint:
         """Everything that can be refused before anything is started. Raises ConfigError."""
@@ -99,26 +109,39 @@ class ClusterRun:
         return endpoints
 
     def stop(self) -> None:
-        """Stop all processes and remove what they shared. Bounded; never raises."""
-        actors = [*self._instances.values(), *reversed(self._actors), *self._pools]
-        if ray.is_initialized():
-            calls = []
-            for actor in actors:
-                with contextlib.suppress(Exception):
-                    calls.append(actor.stop.remote())
-            with contextlib.suppress(Exception):
-                ray.wait(calls, num_returns=len(calls), timeout=_STOP_TIMEOUT_S)
-            for actor in actors:
-                with contextlib.suppress(Exception):
-                    ray.kill(actor)
-            with contextlib.suppress(Exception):
-                ray.shutdown()
-        if self._started_ray:
-            remove_cluster_files(self.config.cluster, self._shm)
+        """Stop all processes, those that call before those that are called. Bounded."""
+        if self._ray_processes is not None:
+            self._ray_processes.unwatch()
+        if not ray.is_initialized():
+            return
+        for actors, timeout_s in (
+            (self._gateways, 5.0),
+            (list(self._instances.values()), 5.0),
+            (self._controller, 2.0),
+            (self._pools, 2.0),
+        ):
+            self._stop_actors(actors, timeout_s)
+        ray.shutdown()
 
-    def dead_reason(self) -> str | None:
-        """Why the cluster cannot go on, if Ray itself is gone; ``None`` while it lives."""
-        return None if ray.is_initialized() else "Ray is not running any more"
+    def kill(self) -> None:
+        """End at once what :meth:`stop` has left, and remove what it shared. Bounded."""
+        if self._ray_processes is None:
+            return
+        self._ray_processes.unwatch()
+        self._ray_processes.kill()
+        remove_cluster_files(self.config.cluster, self._shm)
+
+    def _stop_actors(self, actors: list[Any], timeout_s: float) -> None:
+        calls = []
+        for actor in actors:
+            if actor in self._up:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    calls.append(actor.stop.remote())
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+        for actor in actors:
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                ray.kill(actor)
 
     # Steps of the start.
 
@@ -153,12 +176,15 @@ class ClusterRun:
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_node_ip_address": "127.0.0.1",
             }
+        if config.address is None:
+            self._ray_processes = RayProcesses()
         try:
-            ray.init(**options)
+            with self._deferred():
+                ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"Ray did not start: {error}", param="address") from error
-        self._started_ray = config.address is None
-        self._after_ray()
+        if self._ray_processes is not None:
+            self._ray_processes.watch(self._on_dead)
 
     def _start_controller(self) -> str:
         config = self.config
@@ -172,8 +198,8 @@ class ClusterRun:
             config=config.controller,
             model=_served_name(config),
         )
-        self._actors.append(actor)
-        return str(self._get(actor.address.remote()))
+        self._controller.append(actor)
+        return str(self._served(actor, actor.address.remote()))
 
     def _start_pools(self, controller: str) -> list[tuple[dict[str, Any], NodeInfo]]:
         config = self.config
@@ -198,9 +224,10 @@ class ClusterRun:
                 )
             )
             self._pools.append(actor)
-            starts.append((node, host, actor.address.remote()))
+            starts.append((node, host, actor))
         return [
-            (node, NodeInfo(node["NodeID"], host, str(self._get(a)))) for node, host, a in starts
+            (node, NodeInfo(node["NodeID"], host, str(self._served(a, a.address.remote()))))
+            for node, host, a in starts
         ]
 
     def _hosts_instances(self, node: dict[str, Any]) -> bool:
@@ -259,8 +286,8 @@ class ClusterRun:
             node_id=ray.get_runtime_context().get_node_id(),
         )
         actor = self._here(gateway_actor_class(), settings.gateway_id).remote(settings)
-        self._actors.append(actor)
-        found = self._get(actor.addresses.remote())
+        self._gateways.append(actor)
+        found = self._served(actor, actor.addresses.remote())
         return Endpoints(http=found.http, grpc=found.grpc, controller=controller)
 
     def _wait_instances(self) -> None:
@@ -271,7 +298,7 @@ class ClusterRun:
             if not done:
                 names = ", ".join(ready[ref] for ref in waiting)
                 raise ConfigError(f"{names} did not start in time; see the logs in {ray_logs()}")
-            self._get(done[0])
+            self._served(self._instances[ready[done[0]]], done[0])
             self._progress(f"{ready[done[0]]} is ready")
 
     def _wait_ready(self, address: str) -> None:
@@ -296,9 +323,10 @@ class ClusterRun:
             scheduling_strategy=_affinity(ray.get_runtime_context().get_node_id()),
         )
 
-    def _get(self, reference: Any) -> Any:
+    def _served(self, actor: Any, answer: Any) -> Any:
+        """What an actor's first call returned: it is up. Raises ConfigError."""
         try:
-            return ray.get(reference, timeout=_CALL_TIMEOUT_S)
+            value = ray.get(answer, timeout=_CALL_TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ConfigError):
                 raise error.cause from None
@@ -307,6 +335,8 @@ class ClusterRun:
             raise ConfigError(
                 f"a process of the cluster did not start; see the logs in {ray_logs()}: {error}"
             ) from error
+        self._up.add(actor)
+        return value
 
 
 def ray_logs() -> str:
