@@ -48,6 +48,7 @@ class PlacementDesk:
         self._traces = traces
         self._queue: list[_Queued] = []
         self._by_number: dict[int, _Queued] = {}
+        self._by_request: dict[str, _Queued] = {}
         self._num_entries = 0
         self._num_decisions = 0
 
@@ -98,7 +99,16 @@ class PlacementDesk:
                     self.ended(result.request_id, result.attempt)
 
     def ended(self, request_id: str, attempt: int) -> None:
-        """An attempt is over; a newer one, if there is, is not."""
+        """An attempt is over; a newer one, if there is, is not.
+
+        It may wait here still: its client gave up, while the batch it came in goes on.
+        """
+        entry = self._by_request.get(request_id)
+        if entry is not None and entry.query.attempt <= attempt:
+            self._dequeue(entry)
+            reason = "the request ended while it waited"
+            entry.batch.results[entry.index] = Failure(Code.ABORTED, reason, Stage.PLACEMENT)
+            self._answer(entry.batch)
         placement = self._state.open.get(request_id)
         if placement is not None and placement.attempt <= attempt:
             self._state.forget_open(request_id)
@@ -155,11 +165,13 @@ class PlacementDesk:
         self._num_entries += 1
         entry = _Queued(self._num_entries, query, batch, index)
         bisect.insort(self._queue, entry, key=lambda e: e.order)
-        self._by_number[entry.number] = entry
+        self._by_number[entry.number] = self._by_request[query.request_id] = entry
         self._state.deadlines.set(("queue", entry.number), now + wait_s)
 
     def _dequeue(self, entry: _Queued) -> None:
         del self._by_number[entry.number]
+        if self._by_request.get(entry.query.request_id) is entry:
+            del self._by_request[entry.query.request_id]
         del self._queue[bisect.bisect_left(self._queue, entry.order, key=lambda e: e.order)]
         self._state.deadlines.clear(("queue", entry.number))
 

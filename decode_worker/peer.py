@@ -1,8 +1,9 @@
-"""One stream to one prefill instance, for all requests that come from there."""
+"""One stream to one prefill instance, for all requests that come from there, and its pulls."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
@@ -20,6 +21,8 @@ from protos.status import error_from_rpc
 logger = logging.getLogger(__name__)
 
 _WELCOME_TIMEOUT_S = 5.0
+_PULL_THREADS = 2
+"""Per peer: one that stalls must not stall the others' pulls."""
 
 Key = tuple[str, int]
 """(request_id, attempt)."""
@@ -60,7 +63,12 @@ class PeerLink:
         self._renew_every_s = renew_every_s
         self._wanted = wanted
         self._outgoing: asyncio.Queue[instance_pb2.HandoffMessage | None] = asyncio.Queue()
+        """``None`` ends our half of the stream."""
         self._closed = False
+        self.threads = concurrent.futures.ThreadPoolExecutor(
+            _PULL_THREADS, thread_name_prefix=f"pull-{target.instance_id}"
+        )
+        """Where pulls from this peer run; those not begun are cancelled when the link ends."""
         self.endpoints: tuple[Endpoint, ...] = ()
         """Where the peer's cache can be pulled from; known after its welcome."""
         self._task = asyncio.ensure_future(self._run())
@@ -76,10 +84,15 @@ class PeerLink:
         done = instance_pb2.HandoffDone(request_id=key[0], attempt=key[1], ok=ok)
         self._send(instance_pb2.HandoffMessage(done=done))
 
-    async def close(self) -> None:
-        """End the stream and the channel. Idempotent; says nothing to the listener."""
+    def abandon(self) -> None:
+        """Say nothing to the listener any more and begin no more pulls. Idempotent."""
         self._closed = True
         self._renewer.cancel()
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def close(self) -> None:
+        """End the stream and the channel. Idempotent; says nothing to the listener."""
+        self.abandon()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -122,9 +135,10 @@ class PeerLink:
             logger.exception("handoff stream from %s", self.target.instance_id)
             reason = repr(error)
         finally:
-            self._renewer.cancel()
+            # Also ends the task that writes, which gRPC would leave waiting for a next message.
+            self._outgoing.put_nowait(None)
         if not self._closed:
-            self._closed = True
+            self.abandon()
             self._listener.on_lost(self, reason)
 
     async def _welcome(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -33,8 +32,8 @@ from protos.convert import output_from_record
 
 logger = logging.getLogger(__name__)
 
-_PULL_THREADS = 4
-"""One stalled peer must not stall the others' pulls."""
+_STOP_MARGIN_S = 1.0
+_NEVER_RAN = "the line to the prefill instance ended before the pull began"
 
 
 @dataclasses.dataclass(slots=True)
@@ -128,9 +127,7 @@ class DecodeWorker:
         self._pulls: dict[str, _Pull] = {}
         self._peers: dict[tuple[str, int], PeerLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
-        self._threads = concurrent.futures.ThreadPoolExecutor(
-            _PULL_THREADS, thread_name_prefix="transport"
-        )
+        self._running: set[asyncio.Future[Receipt]] = set()
         self.counters = DecodeCounters()
 
     @property
@@ -171,7 +168,8 @@ class DecodeWorker:
         links = list(self._peers.values())
         self._peers.clear()
         await asyncio.gather(*(link.close() for link in links), *self._closing)
-        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
+        if self._running:
+            await asyncio.wait(self._running, timeout=self._pull_timeout_s + _STOP_MARGIN_S)
 
     # Called by the peer links.
 
@@ -182,7 +180,12 @@ class DecodeWorker:
             return
         if not pull.blocks:
             self._hooks.stage(chunk.request_id, "first_chunk_published")
-        # After a broken stream the prefill side starts again from block 0.
+        if chunk.first_block > len(pull.blocks):
+            # Never leave a hole: what would be pulled after it belongs elsewhere.
+            pull.failure = f"blocks before {chunk.first_block} were never published"
+            self._settle(pull)
+            return
+        # A prefill that was preempted starts again from block 0.
         del pull.blocks[chunk.first_block :], pull.generations[chunk.first_block :]
         pull.blocks.extend(chunk.blocks)
         pull.generations.extend(chunk.generations)
@@ -205,15 +208,14 @@ class DecodeWorker:
 
     def on_lost(self, peer: PeerLink, reason: str) -> None:
         """A stream ended: what it should have brought is computed here."""
-        identity = (peer.target.instance_id, peer.target.incarnation)
+        identity = _identity(peer.target)
         if self._peers.get(identity) is peer:
             del self._peers[identity]
         # A dead peer's arena would stay mapped here, and so allocated, for as long as we live.
-        self._threads.submit(self._transports.forget, peer.endpoints)
-        for pull in [pull for pull in self._pulls.values() if pull.target == peer.target]:
-            if not pull.arrived:
-                pull.failure = f"lost the prefill instance {peer.target.instance_id}: {reason}"
-                self._settle(pull)
+        asyncio.get_running_loop().run_in_executor(None, self._transports.forget, peer.endpoints)
+        for pull in [pull for pull in self._pulls.values() if _identity(pull.target) == identity]:
+            pull.failure = f"lost the prefill instance {peer.target.instance_id}: {reason}"
+            self._settle(pull)
 
     # The pulls.
 
@@ -222,23 +224,32 @@ class DecodeWorker:
         if pull.pulling or pull.own_blocks is None or pull.aborted or pull.failure:
             return
         start, end = pull.num_pulled, len(pull.blocks)
-        if start < end:
+        num_own = len(pull.own_blocks)
+        link = self._peers.get(_identity(pull.target))
+        if end > num_own or (pull.first_output is not None and end < num_own):
+            pull.failure = f"{end} blocks were published where {num_own} are needed"
+            self._settle(pull)
+        elif start < end and link is not None:
             copies = [
                 BlockCopy(pull.blocks[i], pull.generations[i], pull.own_blocks[i])
                 for i in range(start, end)
             ]
             pull.pulling = True
-            task = asyncio.get_running_loop().run_in_executor(
-                self._threads, self._copy, pull.endpoints, copies
+            running = asyncio.get_running_loop().run_in_executor(
+                link.threads, self._copy, pull, copies
             )
-            task.add_done_callback(lambda future: self._on_pulled(pull, end, future))
+            self._running.add(running)
+            running.add_done_callback(lambda future: self._on_pulled(pull, end, future))
         elif pull.arrived:
             self._settle(pull)
 
-    def _copy(self, endpoints: tuple[Endpoint, ...], copies: list[BlockCopy]) -> Receipt:
-        cache = self._cache
+    def _copy(self, pull: _Pull, copies: list[BlockCopy]) -> Receipt:
+        """On a transport thread."""
+        if pull.aborted or pull.failure is not None:
+            raise TransferFailed("the request ended before the pull began")
+        cache, timeout_s = self._cache, self._pull_timeout_s
         try:
-            return self._transports.pull(endpoints, cache, copies, timeout_s=self._pull_timeout_s)
+            return self._transports.pull(pull.endpoints, cache, copies, timeout_s=timeout_s)
         except BaseException:
             # Half-arrived bytes may be NaN, which attention's masks do not stop.
             for copy in copies:
@@ -246,16 +257,21 @@ class DecodeWorker:
             raise
 
     def _on_pulled(self, pull: _Pull, end: int, future: asyncio.Future[Receipt]) -> None:
+        self._running.discard(future)
         pull.pulling = False
         try:
             receipt = future.result()
+        except asyncio.CancelledError:
+            pull.failure = pull.failure or _NEVER_RAN
         except TransferFailed as error:
-            pull.failure = error.message
+            pull.failure = pull.failure or error.message
         except Exception as error:  # whatever it was, the bytes are not to be trusted
             logger.exception("pull for %s", pull.key[0])
             pull.failure = repr(error)
         else:
             pull.num_pulled = end
+            if pull.arrived:
+                pull.failure = None  # all is here: it no longer matters what broke meanwhile
             counters = self.counters
             counters.num_pulls[receipt.transport] += 1
             counters.num_pulled_blocks += receipt.num_blocks
@@ -272,7 +288,7 @@ class DecodeWorker:
             return
         request_id = pull.key[0]
         del self._pulls[request_id]
-        link = self._peers.get((pull.target.instance_id, pull.target.incarnation))
+        link = self._peers.get(_identity(pull.target))
         first = pull.first_output
         arrived = not pull.aborted and pull.failure is None
         if link is not None:
@@ -296,7 +312,7 @@ class DecodeWorker:
         self._hooks.kv_failed(request_id, num_valid_tokens, first_token)
 
     def _peer(self, target: Target) -> PeerLink:
-        identity = (target.instance_id, target.incarnation)
+        identity = _identity(target)
         link = self._peers.get(identity)
         if link is None:
             self._retire_older_lives(target)
@@ -312,12 +328,21 @@ class DecodeWorker:
         return link
 
     def _wanted(self, link: PeerLink) -> list[Key]:
-        return [pull.key for pull in self._pulls.values() if pull.target == link.target]
+        identity = _identity(link.target)
+        return [pull.key for pull in self._pulls.values() if _identity(pull.target) == identity]
 
     def _retire_older_lives(self, target: Target) -> None:
-        for identity in [i for i in self._peers if i[0] == target.instance_id]:
-            link = self._peers.pop(identity)
+        for name, incarnation in list(self._peers):
+            # A submission that names an older life must not end the line to the newer one.
+            if name != target.instance_id or incarnation > target.incarnation:
+                continue
+            link = self._peers.pop((name, incarnation))
+            link.abandon()
             task = asyncio.ensure_future(link.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
             self.on_lost(link, "a newer incarnation took its place")
+
+
+def _identity(target: Target) -> tuple[str, int]:
+    return target.instance_id, target.incarnation

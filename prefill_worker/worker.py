@@ -18,9 +18,10 @@ import asyncio
 import collections
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import grpc
+import grpc.aio
 
 from baton.core.clock import Clock
 from baton.core.errors import Code
@@ -186,7 +187,7 @@ class PrefillWorker:
 
     async def serve(
         self, messages: AsyncIterator[instance_pb2.HandoffMessage]
-    ) -> AsyncIterator[instance_pb2.HandoffEvent]:
+    ) -> AsyncGenerator[instance_pb2.HandoffEvent, None]:
         """One decode side's stream, from its first message to its end."""
         peer = PeerStream("")
         reader = asyncio.ensure_future(self._read(peer, messages))

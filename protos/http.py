@@ -20,14 +20,16 @@ from protos.serving import connectable
 STOP_GRACE_S = 3.0
 _START_TIMEOUT_S = 10.0
 _BACKLOG = 2048
-# uvicorn's own share of a stop, beyond the grace it gives to open calls.
-_STOP_SLACK_S = 1.0
+# For a call that was cancelled to clean up after itself.
+_CANCEL_S = 1.0
+_FLUSH_POLL_S = 0.01
+_STOP_SLACK_S = _CANCEL_S + 0.5
 
 
 class _EventServer(uvicorn.Server):
-    """Sleeps until told to stop; uvicorn's own loop wakes ten times a second to look.
+    """Sleeps until told to stop, and while open calls end; uvicorn itself looks now and then.
 
-    That loop only watches a flag and renews a date header, which is off here.
+    Its main loop only watches a flag and renews a date header, which is off here.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -38,6 +40,30 @@ class _EventServer(uvicorn.Server):
     async def main_loop(self) -> None:
         self.up.set()
         await self.exit.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listening in sockets or ():
+            listening.close()
+        # Idle connections end at once, busy ones after their answer.
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        loop = asyncio.get_running_loop()
+        cut_at_s = loop.time() + (self.config.timeout_graceful_shutdown or 0)
+        if self.server_state.tasks:
+            _, late = await asyncio.wait(self.server_state.tasks, timeout=cut_at_s - loop.time())
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=_CANCEL_S)
+        # What was answered still has to leave; a client that does not read is cut in the end.
+        # asyncio tells nobody of a flushed transport, hence the (short, bounded) polling.
+        while self.server_state.connections and loop.time() < cut_at_s:  # noqa: ASYNC110
+            await asyncio.sleep(_FLUSH_POLL_S)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -119,10 +145,6 @@ class HttpServer:
         server.exit.set()
         await asyncio.wait([self._task], timeout=self._stop_grace_s + _STOP_SLACK_S)
         self._task.cancel()
-        for connection in list(server.server_state.connections):
-            # A client that does not read what it was sent.
-            if connection.transport is not None:
-                connection.transport.abort()
 
     async def wait_failed(self) -> BaseException:
         """Return why serving ended by itself; never returns before that. Only after start."""
@@ -133,7 +155,9 @@ class HttpServer:
 
     def _bind(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio turns Nagle's algorithm off only for sockets that say they are TCP's; with it,
+        # an event of a stream waits for the acknowledgement of the one before.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             # Lets a restarted process take its port back at once; never shares a live one.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

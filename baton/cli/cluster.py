@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from protos.serving import channel_options
 logger = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
+_LOAD_TIMEOUT_S = 600.0
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """The least Ray takes: no token, plan or KV byte travels through its object store."""
 
@@ -54,7 +57,7 @@ class ClusterRun:
     Args:
         config: what to run.
         progress: told each step, for people.
-        deferred: made around what a signal must not interrupt; Ray replaces signal handlers there.
+        waiting: made around each wait; may end it with an exception when a signal comes.
         on_dead: told, from a thread, why the cluster cannot go on, if its own Ray ends.
     """
 
@@ -63,12 +66,12 @@ class ClusterRun:
         config: ServeConfig,
         *,
         progress: Progress,
-        deferred: Callable[[], contextlib.AbstractContextManager[None]],
+        waiting: Callable[[], contextlib.AbstractContextManager[None]],
         on_dead: Callable[[str], None],
     ) -> None:
         self.config = config
         self._progress = progress
-        self._deferred = deferred
+        self._waiting = waiting
         self._on_dead = on_dead
         self._controller: list[Any] = []
         self._gateways: list[Any] = []
@@ -136,9 +139,9 @@ class ClusterRun:
         for actor in actors:
             if actor in self._up:
                 with contextlib.suppress(ray.exceptions.RayError):
-                    calls.append(actor.stop.remote())
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+                    calls.append(actor.stop.remote().future())
+        with self._waiting():
+            concurrent.futures.wait(calls, timeout=timeout_s)
         for actor in actors:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(actor)
@@ -179,10 +182,11 @@ class ClusterRun:
         if config.address is None:
             self._ray_processes = RayProcesses()
         try:
-            with self._deferred():
-                ray.init(**options)
+            ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"Ray did not start: {error}", param="address") from error
+        with self._waiting():
+            pass  # a signal that came in the meantime takes effect here
         if self._ray_processes is not None:
             self._ray_processes.watch(self._on_dead)
 
@@ -199,7 +203,7 @@ class ClusterRun:
             model=_served_name(config),
         )
         self._controller.append(actor)
-        return str(self._served(actor, actor.address.remote()))
+        return str(self._served(actor, actor.address.remote().future()))
 
     def _start_pools(self, controller: str) -> list[tuple[dict[str, Any], NodeInfo]]:
         config = self.config
@@ -226,7 +230,10 @@ class ClusterRun:
             self._pools.append(actor)
             starts.append((node, host, actor))
         return [
-            (node, NodeInfo(node["NodeID"], host, str(self._served(a, a.address.remote()))))
+            (
+                node,
+                NodeInfo(node["NodeID"], host, str(self._served(a, a.address.remote().future()))),
+            )
             for node, host, a in starts
         ]
 
@@ -287,19 +294,26 @@ class ClusterRun:
         )
         actor = self._here(gateway_actor_class(), settings.gateway_id).remote(settings)
         self._gateways.append(actor)
-        found = self._served(actor, actor.addresses.remote())
+        found = self._served(actor, actor.addresses.remote().future())
         return Endpoints(http=found.http, grpc=found.grpc, controller=controller)
 
     def _wait_instances(self) -> None:
-        ready = {actor.ready.remote(): name for name, actor in self._instances.items()}
-        waiting = list(ready)
+        calls = {actor.ready.remote().future(): name for name, actor in self._instances.items()}
+        waiting = set(calls)
+        deadline = time.monotonic() + _LOAD_TIMEOUT_S
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=_CALL_TIMEOUT_S * 10)
+            with self._waiting():
+                done, waiting = concurrent.futures.wait(
+                    waiting,
+                    timeout=deadline - time.monotonic(),
+                    return_when=concurrent.futures.FIRST_COMPLETED,
+                )
             if not done:
-                names = ", ".join(ready[ref] for ref in waiting)
+                names = ", ".join(sorted(calls[call] for call in waiting))
                 raise ConfigError(f"{names} did not start in time; see the logs in {ray_logs()}")
-            self._served(self._instances[ready[done[0]]], done[0])
-            self._progress(f"{ready[done[0]]} is ready")
+            for call in done:
+                self._served(self._instances[calls[call]], call)
+                self._progress(f"{calls[call]} is ready")
 
     def _wait_ready(self, address: str) -> None:
         """Wait on the gateway's health stream: SERVING means a usable prefill and decode path."""
@@ -307,9 +321,10 @@ class ClusterRun:
         with grpc.insecure_channel(address, options=channel_options()) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=_CALL_TIMEOUT_S)
             try:
-                for reply in watch:
-                    if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
+                with self._waiting():
+                    for reply in watch:
+                        if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                            return
             except grpc.RpcError as error:
                 raise ConfigError(
                     "the instances are up, but no prefill and decode path is usable; "
@@ -323,15 +338,16 @@ class ClusterRun:
             scheduling_strategy=_affinity(ray.get_runtime_context().get_node_id()),
         )
 
-    def _served(self, actor: Any, answer: Any) -> Any:
+    def _served(self, actor: Any, answer: concurrent.futures.Future[Any]) -> Any:
         """What an actor's first call returned: it is up. Raises ConfigError."""
         try:
-            value = ray.get(answer, timeout=_CALL_TIMEOUT_S)
+            with self._waiting():
+                value = answer.result(timeout=_CALL_TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ConfigError):
                 raise error.cause from None
             raise ConfigError(f"a process of the cluster failed to start: {error.cause}") from error
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, TimeoutError) as error:
             raise ConfigError(
                 f"a process of the cluster did not start; see the logs in {ray_logs()}: {error}"
             ) from error

@@ -56,7 +56,8 @@ def demo(
     started = time.monotonic()
 
     def while_up(endpoints: Endpoints, stopper: Stopper) -> None:
-        send_request(endpoints)
+        with stopper.waiting():
+            send_request(endpoints)
         console.print(f"[dim]from start to here: {time.monotonic() - started:.1f} s[/dim]")
         if not once:
             print_how_to_talk(

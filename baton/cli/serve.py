@@ -23,67 +23,51 @@ class StopRequested(BaseException):
 
 
 class Stopper:
-    """Turns SIGINT and SIGTERM into :class:`StopRequested`, where that is safe, and an event."""
+    """Turns SIGINT and SIGTERM into an event, and into :class:`StopRequested` at waits.
+
+    Only there: raised in the middle of something it would tear it, Ray's calls above all.
+    """
 
     def __init__(self) -> None:
         self.event = threading.Event()
         self.reason: str | None = None
         """Why the cluster ended by itself, if it did."""
-        self._armed = False
+        self._num_signals = 0
+        self._num_obeyed = 0
+        self._waits = False
         self._install()
 
     @contextlib.contextmanager
-    def until_signal(self) -> Iterator[None]:
-        """Inside, a signal raises StopRequested, also one that came before."""
-        self._arm()
-        if self.event.is_set():
-            self._armed = False
-            raise StopRequested
+    def waiting(self) -> Iterator[None]:
+        """Around a wait: ended by a signal, also by one that came before."""
+        # Ray's start has put handlers of its own in place.
+        self._install()
+        self._waits = True
         try:
+            if self._num_signals > self._num_obeyed:
+                raise StopRequested
             yield
         finally:
-            self._armed = False
+            self._waits = False
 
-    @contextlib.contextmanager
-    def until_another(self) -> Iterator[None]:
-        """Inside, a signal that comes only now raises StopRequested."""
-        self._arm()
-        try:
-            yield
-        finally:
-            self._armed = False
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside :meth:`until_signal`: signals wait till the end, for what must not be torn."""
-        self._armed = False
-        try:
-            yield
-        except SystemExit:
-            # Ray's start has a handler of its own for SIGTERM.
-            self.event.set()
-        finally:
-            self._arm()
-        if self.event.is_set():
-            raise StopRequested
+    def obey(self) -> None:
+        """The stop begins: only signals from now on end a wait."""
+        self._num_obeyed = self._num_signals
 
     def fail(self, reason: str) -> None:
         """The cluster is gone: have the main thread stop. From any thread."""
         self.reason = reason
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _arm(self) -> None:
-        self._install()
-        self._armed = True
-
     def _install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._num_signals += 1
         self.event.set()
-        if self._armed:
-            self._armed = False
+        if self._waits:
+            self._waits = False
             raise StopRequested
 
 
@@ -102,25 +86,22 @@ def run_cluster(
     run = ClusterRun(
         config,
         progress=lambda text: console.print(f"[dim]· {text}[/dim]"),
-        deferred=stopper.deferred,
+        waiting=stopper.waiting,
         on_dead=stopper.fail,
     )
-    up = False
     try:
-        with stopper.until_signal():
-            endpoints = run.start()
-            if ready_file is not None:
-                _write_ready(ready_file, endpoints)
-            up = True
-            address = f"HTTP http://{endpoints.http}  gRPC {endpoints.grpc}"
-            console.print(f"[bold]ready[/bold]: {address}")
-            if while_up is not None:
-                while_up(endpoints, stopper)
-            else:
-                stopper.event.wait()
-    except StopRequested:
-        if stopper.reason is None and not up:
-            console.print("stopped before it was ready")
+        endpoints = run.start()
+        if ready_file is not None:
+            _write_ready(ready_file, endpoints)
+        console.print(f"[bold]ready[/bold]: HTTP http://{endpoints.http}  gRPC {endpoints.grpc}")
+        if while_up is not None:
+            while_up(endpoints, stopper)
+        else:
+            stopper.event.wait()
+    except (StopRequested, SystemExit):
+        # SystemExit: while it starts, Ray has a handler of its own for SIGTERM.
+        if stopper.reason is None:
+            console.print("a signal came before everything was ready")
     finally:
         _stop(run, stopper, console)
         if ready_file is not None:
@@ -131,14 +112,15 @@ def run_cluster(
 
 def _stop(run: ClusterRun, stopper: Stopper, console: Console) -> None:
     console.print("stopping")
+    stopper.obey()
     try:
         # What is gone cannot be asked to stop.
         if stopper.reason is None:
-            with stopper.until_another():
-                run.stop()
+            run.stop()
     except StopRequested:
         console.print("stopping at once")
-    run.kill()
+    finally:
+        run.kill()
 
 
 def _write_ready(path: Path, endpoints: Endpoints) -> None:

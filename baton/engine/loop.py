@@ -21,11 +21,14 @@ import logging
 from collections.abc import Callable, Sequence
 
 from baton.core.clock import Clock
+from baton.core.errors import Aborted, Stage
 from baton.engine.engine import Engine
 from baton.engine.events import Event
 from baton.engine.plan import Runner, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 5.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,6 +72,7 @@ class EngineLoop:
         self._max_in_flight = max_in_flight
         self._wake = asyncio.Event()
         self._stopping = False
+        self._running: asyncio.Task[None] | None = None
         self._in_flight: collections.deque[tuple[StepPlan, asyncio.Future[StepResult]]]
         self._in_flight = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="runner")
@@ -80,6 +84,7 @@ class EngineLoop:
 
     async def run(self) -> None:
         """Step until :meth:`stop`; the runner's failures are reported, never raised."""
+        self._running = asyncio.current_task()
         while not self._stopping:
             self._wake.clear()
             self._commit_done()
@@ -111,8 +116,11 @@ class EngineLoop:
     def _commit_done(self) -> None:
         while self._in_flight and self._in_flight[0][1].done():
             plan, future = self._in_flight.popleft()
-            error = future.exception()
-            if error is None:
+            error: BaseException | None
+            if future.cancelled():  # it waited behind the step during which the loop was stopped
+                error = Aborted("the engine stopped", stage=Stage.CONTROL)
+                self._on_failed(self._engine.fail_plan(plan), error)
+            elif (error := future.exception()) is None:
                 self._commit(plan, future.result())
             else:
                 # Whatever the runner raised: this step is lost, not the process.
@@ -132,11 +140,17 @@ class EngineLoop:
         counters.host_s += self._clock.now() - started
 
     async def stop(self) -> None:
-        """Let the running steps end, then release the thread and the runner."""
+        """Let the running step end, drop the one behind it, release the thread and the runner.
+
+        A step that does not end is left alone after a while: then only the end of the process
+        helps, and that must not wait for it.
+        """
         self._stopping = True
         self.wake()
-        await asyncio.get_running_loop().run_in_executor(None, self._shutdown)
-
-    def _shutdown(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._runner.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._running is not None:
+            await asyncio.wait([self._running], timeout=_STOP_TIMEOUT_S)
+        if self._running is None or self._running.done():
+            await asyncio.get_running_loop().run_in_executor(None, self._runner.close)
+        else:
+            logger.error("the runner's step does not end; it is left behind")

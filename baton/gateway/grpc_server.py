@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -21,7 +21,7 @@ from baton.core.request import TokenLogprobs
 from baton.gateway.errors import as_baton_error
 from baton.gateway.metrics import GatewayMetrics
 from baton.gateway.requests import GatewayRequest, RequestChecker, check_request_id
-from baton.gateway.service import ChoiceDelta, InferenceService
+from baton.gateway.service import SEND_GRACE_S, ChoiceDelta, InferenceService
 from protos.baton.v1 import inference_pb2
 from protos.serving import server_options
 from protos.status import abort_with
@@ -105,16 +105,18 @@ class GrpcDoor:
 
     async def _generate(
         self, message: inference_pb2.GenerateRequest | None, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> None:
         received_s = self._clock.now()
         checked = False
         try:
             request = await self._check(_decoded(message), context)
             checked = True
-            deltas = self._service.generate(request, received_s=received_s)
-            async with contextlib.aclosing(deltas):
-                async for delta in deltas:
-                    yield self._response(request, delta)
+            # A client that does not read would keep its request's tokens here for ever.
+            async with asyncio.timeout(request.timeout_s + SEND_GRACE_S):
+                deltas = self._service.generate(request, received_s=received_s)
+                async with contextlib.aclosing(deltas):
+                    async for delta in deltas:
+                        await context.write(self._response(request, delta))
         except Exception as problem:
             error = as_baton_error(problem)
             if not checked:

@@ -116,6 +116,7 @@ class InstanceLink:
         self._error: BatonError | None = None
         self._reader: asyncio.Task[None] | None = None
         self._sender = asyncio.create_task(self._send())
+        self._sender.add_done_callback(self._on_sender_done)
 
     @property
     def lost(self) -> BatonError | None:
@@ -227,6 +228,12 @@ class InstanceLink:
                     await self._send_submits()
                 else:
                     await self._send_aborts()
+
+    def _on_sender_done(self, sender: asyncio.Task[None]) -> None:
+        # Without a sender a submit would wait for ever.
+        if not sender.cancelled() and (bug := sender.exception()) is not None:
+            _LOG.error("the line to %s broke", self.target.instance_id, exc_info=bug)
+            self.fail(InstanceLost(f"the line to instance {self.target.instance_id} broke"))
 
     async def _send_submits(self) -> None:
         batch: list[_Submit] = []

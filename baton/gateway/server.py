@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import secrets
 import time
 
 import grpc.aio
@@ -109,7 +110,9 @@ class GatewayServer:
     def _build(self) -> None:
         settings = self._settings
         self._cluster = Cluster(settings.controller_address, self._clock, on_view=self._on_view)
-        self._links = Links(settings.gateway_id, self._clock)
+        # A gateway that comes back under its name must not get what its former life asked for.
+        life_id = f"{settings.gateway_id}-{secrets.token_hex(4)}"
+        self._links = Links(life_id, self._clock)
         surroundings = Surroundings(
             cluster=self._cluster,
             links=self._links,
@@ -120,7 +123,7 @@ class GatewayServer:
         )
         self._service = InferenceService(
             surroundings,
-            gateway_id=settings.gateway_id,
+            gateway_id=life_id,
             model=settings.served_model_name,
             tokenizer=self._tokenizer,
             eos_token_ids=self._model.eos_token_ids,

@@ -25,6 +25,9 @@ from baton.gateway.stops import StopMatcher
 from baton.gateway.submission import SubmissionRun, Surroundings
 from baton.gateway.tokenizer import Detokenizer, GatewayTokenizer
 
+SEND_GRACE_S = 60.0
+"""How much longer than its request a client may take to read the answer."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChoiceDelta:

@@ -18,10 +18,8 @@ from starlette.types import Receive, Scope, Send
 from baton.core.errors import BatonError
 from baton.gateway.errors import as_baton_error, error_body, error_headers, http_status
 from baton.gateway.openai_format import AnswerFormat
-from baton.gateway.service import ChoiceDelta
+from baton.gateway.service import SEND_GRACE_S, ChoiceDelta
 
-_SEND_GRACE_S = 60.0
-"""How much longer than its request a client may take to read the answer."""
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -52,7 +50,7 @@ class AnswerResponse(Response):
         serve = self._serve_stream if self._stream else self._serve_whole
 
         async def work() -> None:
-            async with asyncio.timeout(self._answer.request.timeout_s + _SEND_GRACE_S):
+            async with asyncio.timeout(self._answer.request.timeout_s + SEND_GRACE_S):
                 await serve(scope, receive, send)
 
         await _until_disconnect(receive, work)

@@ -128,7 +128,7 @@ class Instance:
             if older is not None:
                 if self._open[older].submission.attempt == attempt:
                     return  # the gateway repeats a call whose answer it did not see
-                self._drop(older, "a newer attempt took its place")
+                self._drop(older, "a newer attempt took its place", everywhere=True)
             sequence_id = f"{request_id}@{attempt}"
             self.engine.submit(
                 dataclasses.replace(submission, request_id=sequence_id), part, self._clock.now()
@@ -183,15 +183,18 @@ class Instance:
         newest = self._newest.get(request_id)
         if newest is not None and self._open[newest].submission.attempt <= attempt:
             self.counters.num_aborted += 1
-            self._drop(newest, "aborted")
+            self._drop(newest, "aborted", everywhere=True)
 
-    def _drop(self, sequence_id: str, why: str) -> None:
-        """Free everything a request holds here, silently towards its gateway."""
+    def _drop(self, sequence_id: str, why: str, *, everywhere: bool = False) -> None:
+        """Free everything a request holds here, silently towards its gateway.
+
+        ``everywhere``: its gateway ends this attempt on the other side too.
+        """
         entry = self._close(sequence_id)
         if entry is None:
             return
         if entry.part is Part.PREFILL:
-            self._prefill.close(sequence_id, code=Code.ABORTED, message=why)
+            self._prefill.close(sequence_id, code=Code.ABORTED, message=why, finished=everywhere)
         if not (entry.part is Part.DECODE and self._decode.abort(sequence_id)):
             self.engine.abort(sequence_id)
         self._wake()
@@ -209,6 +212,11 @@ class Instance:
         return entry
 
     def _on_deadline(self, sequence_id: str) -> None:
+        entry = self._open.get(sequence_id)
+        if entry is not None and entry.part is Part.PREFILL and entry.first_output_sent:
+            # Its part is done: how the request ends is the decode side's to say.
+            self._drop(sequence_id, "the request's time budget ran out")
+            return
         self._fail(sequence_id, Code.DEADLINE_EXCEEDED, "the request's time budget ran out")
 
     def _fail(self, sequence_id: str, code: Code, message: str) -> None:
@@ -345,6 +353,8 @@ class Instance:
         """A request ended whose blocks were quarantined until its pull returned."""
         self._close(sequence_id)
         self.engine.abort(sequence_id)
+        if not self._open:
+            self._on_empty()  # its entry may have been closed before, its blocks were not
         self._wake()
 
     def _stage(self, sequence_id: str, stage: str) -> None:

@@ -8,11 +8,11 @@ an instance that cannot serve.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -22,25 +22,21 @@ from prometheus_client import make_asgi_app
 
 from baton.core.blocks import block_salt
 from baton.core.clock import SystemClock
-from baton.core.cluster import InstanceInfo, InstanceLoad, Target
-from baton.core.errors import BatonError, ConfigError
-from baton.core.request import Part
+from baton.core.cluster import InstanceInfo, InstanceLoad
+from baton.core.errors import ConfigError
 from baton.engine.checkpoint import open_checkpoint
 from baton.engine.engine import Engine
-from baton.engine.loop import EngineLoop
 from baton.engine.models.config import kv_layout, resolve_max_model_len
 from baton.engine.runner import InlineRunner
-from baton.instance.instance import Instance
+from baton.instance.assembly import assemble
 from baton.instance.metrics import make_registry
 from baton.instance.roles import RoleSwitch
+from baton.instance.service import InstanceService
 from baton.instance.session import ControllerSession
 from baton.instance.spec import InstanceSpec
-from decode_worker.worker import DecodeHooks, DecodeWorker
 from kvpool.arena import BlockArena
 from kvpool.transports import TransportSet, make_transports
-from prefill_worker.worker import PrefillWorker
-from protos.baton.internal.v1 import instance_pb2, instance_pb2_grpc, pool_pb2, pool_pb2_grpc
-from protos.convert import error_to_info, outputs_to_batch, submission_from_record
+from protos.baton.internal.v1 import instance_pb2_grpc, pool_pb2, pool_pb2_grpc
 from protos.http import HttpServer
 from protos.serving import channel_options, server_options
 
@@ -48,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _POOL_TIMEOUT_S = 10.0
 _REGISTER_TIMEOUT_S = 30.0
+_RELEASE_TIMEOUT_S = 1.0
 _GRACE_S = 0.5
 
 
@@ -59,12 +56,23 @@ class InstanceServer:
         self._process = psutil.Process()
         self._nonce = secrets.randbits(63)
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._exit = contextlib.AsyncExitStack()
+        """What was started, to be stopped in the opposite order."""
         self._address = ""
         self._metrics_address = ""
 
     async def start(self) -> None:
-        """Load, bind, warm up, register. Raises ConfigError with one clear sentence."""
+        """Load, bind, warm up, register. Holds nothing if it raises.
+
+        Raises ConfigError with one clear sentence.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
         spec = self.spec
         clock = SystemClock()
         self._checkpoint = checkpoint = open_checkpoint(spec.model)
@@ -76,6 +84,7 @@ class InstanceServer:
             None,
             lambda: InlineRunner(checkpoint, spec.engine, kv_buffer=self._cache.buffer),
         )
+        self._exit.push_async_callback(loop.run_in_executor, None, runner.close)
         await loop.run_in_executor(None, runner.warm_up)
         engine = Engine(
             spec.engine,
@@ -83,43 +92,21 @@ class InstanceServer:
             salt=block_salt(model_fingerprint=checkpoint.fingerprint, layout=layout.text),
             generations=self._cache.generations,
         )
-        self._transports = TransportSet(make_transports(_transport_names(spec), spec.host))
+        transports = TransportSet(make_transports(_transport_names(spec), spec.host))
+        self._exit.push_async_callback(loop.run_in_executor, None, transports.close)
         self.role = RoleSwitch(spec.role)
-        self.instance = instance = Instance(
-            spec.instance_id, engine=engine, role=self.role, clock=clock
-        )
-        self.loop = EngineLoop(
-            engine,
-            runner,
-            clock=clock,
-            on_events=instance.on_events,
-            on_failed=instance.on_failed,
-            max_in_flight=2 if spec.engine.async_scheduling else 1,
-        )
-        self.prefill = PrefillWorker(
-            instance_id=spec.instance_id,
-            incarnation=lambda: instance.incarnation,
-            endpoints=self._transports.endpoints(self._cache),
-            lease_s=spec.handoff.lease_s,
-            clock=clock,
-            release=instance.release_held,
-        )
-        self.decode = DecodeWorker(
-            DecodeHooks(
-                kv_arrived=instance.kv_arrived,
-                kv_failed=instance.kv_failed,
-                engine_abort=instance.engine_abort,
-                repeat=instance.repeat_first,
-                stage=instance.note_stage,
-            ),
-            instance_id=spec.instance_id,
-            incarnation=lambda: instance.incarnation,
+        self.parts = parts = assemble(
+            spec.instance_id,
+            engine=engine,
+            runner=runner,
             cache=self._cache,
-            transports=self._transports,
-            block_size=spec.engine.block_size,
-            lease_s=spec.handoff.lease_s,
-            pull_timeout_s=spec.handoff.pull_timeout_s,
+            transports=transports,
+            role=self.role,
+            handoff=spec.handoff,
+            clock=clock,
+            on_empty=lambda: self._session.heartbeat_now(),
         )
+        self.instance = parts.instance
         self._session = ControllerSession(
             spec.controller_address,
             describe=self._describe,
@@ -128,57 +115,65 @@ class InstanceServer:
             on_registered=self._on_registered,
             on_fenced=self._on_fenced,
         )
-        instance.attach(
-            prefill=self.prefill,
-            decode=self.decode,
-            wake=self.loop.wake,
-            on_empty=self._session.heartbeat_now,
-        )
+        self._exit.push_async_callback(parts.stop)
         await self._serve()
-        self._spawn(self.loop.run(), "engine loop")
-        self._spawn(self._session.run(), "controller session")
-        async with asyncio.timeout(_REGISTER_TIMEOUT_S):
-            await self._session.registered.wait()
+        self._spawn(parts.loop.run(), "engine loop")
+        session = self._spawn(self._session.run(), "controller session")
+        self._exit.push_async_callback(_cancel, session)
+        await self._registered()
 
     async def stop(self) -> None:
-        """Stop serving and release everything. Bounded."""
-        self.instance.hub.end_all()
-        await self._server.stop(_GRACE_S)
-        self.prefill.stop()
-        await self.decode.stop()
-        await self.loop.stop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._metrics.stop()
-        self._transports.close()
-        await self._release_cache()
+        """Stop serving and release everything, however far the start came. Bounded."""
+        await self._exit.aclose()
 
     async def wait_failed(self) -> BaseException:
         """See ``protos.serving.Service``."""
         return await asyncio.shield(self._failed)
 
     async def _serve(self) -> None:
+        parts = self.parts
         registry = make_registry(
-            self.instance, self.loop, self.prefill, self.decode, self._process, self.role
+            parts.instance, parts.loop, parts.prefill, parts.decode, self._process, self.role
         )
-        self._metrics = HttpServer(
-            make_asgi_app(registry), host=self.spec.host, setting="metrics port"
-        )
-        self._metrics_address = await self._metrics.start()
-        self._server = grpc.aio.server(options=server_options())
+        metrics = HttpServer(make_asgi_app(registry), host=self.spec.host, setting="metrics port")
+        self._exit.push_async_callback(metrics.stop)
+        self._metrics_address = await metrics.start()
+        server = grpc.aio.server(options=server_options())
         instance_pb2_grpc.add_InstanceServicer_to_server(
-            InstanceService(self.instance, self.prefill), self._server
+            InstanceService(parts.instance, parts.prefill), server
         )
-        port = self._server.add_insecure_port(f"{self.spec.host}:0")
-        await self._server.start()
+        self._exit.push_async_callback(server.stop, _GRACE_S)
+        # Before the server waits for its calls to end: streams end by themselves now.
+        self._exit.callback(parts.instance.hub.end_all)
+        port = server.add_insecure_port(f"{self.spec.host}:0")
+        await server.start()
         self._address = f"{self.spec.host}:{port}"
 
-    def _spawn(self, coroutine: Any, name: str) -> None:
-        task = asyncio.ensure_future(coroutine)
+    async def _registered(self) -> None:
+        """Wait until the controller knows us. Raises what makes that impossible."""
+        registered = asyncio.ensure_future(self._session.registered.wait())
+        waited: list[asyncio.Future[Any]] = [registered, self._failed]
+        try:
+            await asyncio.wait(
+                waited,
+                timeout=_REGISTER_TIMEOUT_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            registered.cancel()
+        if self._failed.done():
+            raise self._failed.result()
+        if not self._session.registered.is_set():
+            raise TimeoutError(
+                f"the controller at {self.spec.controller_address} did not register "
+                f"{self.spec.instance_id} within {_REGISTER_TIMEOUT_S:g} s"
+            )
+
+    def _spawn(self, coroutine: Any, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)
         task.set_name(name)
         task.add_done_callback(self._on_task_done)
-        self._tasks.append(task)
+        return task
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -219,16 +214,20 @@ class InstanceServer:
     def _load(self) -> InstanceLoad:
         return dataclasses.replace(
             self.instance.load(),
-            num_steps=self.loop.counters.num_steps,
+            num_steps=self.parts.loop.counters.num_steps,
             rss_bytes=self._process.memory_info().rss,
         )
 
     async def _make_cache(self, block_bytes: int, layout: str) -> BlockArena:
         spec = self.spec
         if spec.pool_address is None:
-            return BlockArena.private(
+            arena = BlockArena.private(
                 num_blocks=spec.engine.num_blocks, block_bytes=block_bytes, layout=layout
             )
+            self._exit.callback(arena.close)
+            return arena
+        # Also where the answer does not reach us: the pool node may have made one.
+        self._exit.push_async_callback(self._release_arena, spec.pool_address)
         async with grpc.aio.insecure_channel(
             spec.pool_address, options=channel_options()
         ) as channel:
@@ -251,90 +250,27 @@ class InstanceServer:
                     f"the pool node at {spec.pool_address} gave no KV arena: {error.details()}",
                     param="engine.num_blocks",
                 ) from error
-        return BlockArena.open(reply.path, reply.token, writable=True)
+        arena = BlockArena.open(reply.path, reply.token, writable=True)
+        self._exit.callback(arena.close)
+        return arena
 
-    async def _release_cache(self) -> None:
-        self._cache.close()
-        if self.spec.pool_address is None:
-            return
-        async with grpc.aio.insecure_channel(
-            self.spec.pool_address, options=channel_options()
-        ) as channel:
+    async def _release_arena(self, pool_address: str) -> None:
+        async with grpc.aio.insecure_channel(pool_address, options=channel_options()) as channel:
             stub: pool_pb2_grpc.PoolNodeAsyncStub = pool_pb2_grpc.PoolNodeStub(channel)
             try:
                 await stub.ReleaseArena(
                     pool_pb2.ReleaseArenaRequest(
                         instance_id=self.spec.instance_id, nonce=self._nonce
                     ),
-                    timeout=1.0,
+                    timeout=_RELEASE_TIMEOUT_S,
                 )
             except grpc.aio.AioRpcError:
                 logger.info("the pool node is gone already; it releases arenas by itself")
 
 
-class InstanceService(instance_pb2_grpc.InstanceServicer):
-    """The data plane's wire."""
-
-    def __init__(self, instance: Instance, prefill: PrefillWorker) -> None:
-        self._instance = instance
-        self._prefill = prefill
-
-    async def Submit(
-        self, request: instance_pb2.SubmitBatch, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> instance_pb2.SubmitBatchReply:
-        """Take on submissions; each is answered by itself."""
-        return instance_pb2.SubmitBatchReply(replies=[self._submit(item) for item in request.items])
-
-    def _submit(self, item: instance_pb2.SubmitItem) -> instance_pb2.SubmitReply:
-        record = item.submission
-        reply = instance_pb2.SubmitReply(request_id=record.request_id, attempt=record.attempt)
-        prefill = None
-        if item.prefill_instance_id:
-            prefill = Target(
-                item.prefill_instance_id, item.prefill_incarnation, item.prefill_address
-            )
-        try:
-            part = Part(item.part)
-            submission = submission_from_record(record)
-            if part is Part.DECODE and prefill is None:
-                raise ValueError("a decode submission must name its prefill instance")
-            self._instance.submit(submission, part, incarnation=item.incarnation, prefill=prefill)
-        except BatonError as error:
-            reply.error.CopyFrom(error_to_info(error))
-        except ValueError as error:
-            reply.error.code, reply.error.message = "invalid_request", str(error)
-        return reply
-
-    async def Abort(
-        self, request: instance_pb2.AbortBatch, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> instance_pb2.AbortBatchReply:
-        """End requests; unknown ones are remembered, in case the submission is still under way."""
-        for item in request.items:
-            self._instance.abort(item.request_id, item.attempt)
-        return instance_pb2.AbortBatchReply()
-
-    async def Tokens(
-        self, request: instance_pb2.TokensRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[instance_pb2.TokenBatch]:
-        """All tokens of one gateway's requests, one message per step."""
-        hub = self._instance.hub
-        stream = hub.open(request.gateway_id)
-        try:
-            # Says that the stream is open: the gateway submits only after it.
-            await context.send_initial_metadata(())
-            async for outputs in stream:
-                yield outputs_to_batch(self._instance.incarnation, outputs)
-        finally:
-            hub.close(stream)
-
-    async def Handoff(
-        self,
-        request_iterator: AsyncIterator[instance_pb2.HandoffMessage],
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[instance_pb2.HandoffEvent]:
-        """One decode instance's stream."""
-        async for event in self._prefill.serve(request_iterator):
-            yield event
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _transport_names(spec: InstanceSpec) -> tuple[str, ...]:

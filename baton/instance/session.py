@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -22,6 +22,8 @@ from protos.serving import channel_options
 from protos.status import error_from_rpc
 
 logger = logging.getLogger(__name__)
+
+_SessionCall = grpc.aio.StreamStreamCall[controller_pb2.InstanceHeartbeat, controller_pb2.Directive]
 
 _CALL_TIMEOUT_S = 5.0
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -104,23 +106,45 @@ class ControllerSession:
         self.registered.set()
 
     async def _converse(self, stub: controller_pb2_grpc.ControllerAsyncStub) -> None:
-        call = stub.InstanceSession(self._heartbeats())
+        """One stream, until it ends. Both halves end with it; what either raised is raised."""
+        self._acks.clear()  # a controller that was restarted may use their numbers again
+        call = stub.InstanceSession(None)
+        reader = asyncio.ensure_future(self._listen(call))
+        writer = asyncio.ensure_future(self._beat(call))
+        try:
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if not reader.done() and writer.exception() is None:
+                # The stream broke under a write; why is what the reader is about to hear.
+                await asyncio.wait({reader}, timeout=_CALL_TIMEOUT_S)
+        finally:
+            for half in (reader, writer):
+                half.cancel()
+            results = await asyncio.gather(reader, writer, return_exceptions=True)
+            call.cancel()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _listen(self, call: _SessionCall) -> None:
         async for directive in call:
             self._obey(directive)
 
-    async def _heartbeats(self) -> AsyncIterator[controller_pb2.InstanceHeartbeat]:
+    async def _beat(self, call: _SessionCall) -> None:
         while True:
+            # Before the snapshot: what changes after it makes the next one follow at once.
+            self._kick.clear()
             acks, self._acks = self._acks, []
             info = self._describe()
-            yield controller_pb2.InstanceHeartbeat(
+            heartbeat = controller_pb2.InstanceHeartbeat(
                 instance_id=info.instance_id,
                 incarnation=info.incarnation,
                 load=load_to_report(self._load()),
                 acks=acks,
             )
-            self._kick.clear()
-            if self._acks:
-                continue
+            try:
+                await call.write(heartbeat)
+            except (grpc.RpcError, asyncio.InvalidStateError):
+                return
             try:
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._kick.wait()
@@ -131,6 +155,8 @@ class ControllerSession:
         ok, reason = True, ""
         kind = directive.WhichOneof("what")
         try:
+            if kind is None:
+                raise ValueError("this instance does not know that directive")
             if kind == "prepare_role":
                 self._role.prepare(Role(directive.prepare_role.role))
             elif kind == "commit_role":

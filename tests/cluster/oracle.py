@@ -112,22 +112,45 @@ def check_sampled(
 ) -> list[str]:
     """The same for seeded draws at ``temperature`` (no filters): inverse CDF in token order."""
     view = forced(prompt, output)
-    scaled = view.logits / temperature
-    probs = np.exp(scaled - scaled.max(-1, keepdims=True))
-    probs /= probs.sum(-1, keepdims=True)
-    cdf = probs.cumsum(-1)
-    positions = np.arange(len(output))
-    draws = uniforms(np.full(len(output), seed, np.uint64), np.full(len(output), choice), positions)
+    cdf = _cdf(view, temperature)
+    draws = uniforms(
+        np.full(len(output), seed, np.uint64),
+        np.full(len(output), choice),
+        np.arange(len(output)),
+    )
     ties = []
     for i, (token, draw) in enumerate(zip(output, draws, strict=True)):
-        low = cdf[i, token - 1] if token else 0.0
-        if low <= draw < cdf[i, token]:
+        off = _outside(cdf[i], token, draw)
+        if not off:
             continue
-        off = min(abs(draw - low), abs(draw - cdf[i, token]))
         where = f"prompt of {len(prompt)} tokens, output token {i}: {token}"
         near = off < DRAW_TIE or view.router_margin[i] < ROUTER_TIE
-        assert near, (
-            f"wrong draw: {where}; {draw:.6f} is {off:.2e} outside [{low}, {cdf[i, token]})"
-        )
+        assert near, f"wrong draw: {where}; {draw:.6f} is off by {off:.2e}"
         ties.append(f"{where}; off by {off:.2e}")
     return ties
+
+
+def near_boundary(
+    prompt: Sequence[int], output: Sequence[int], other: int, *, seed: int, temperature: float
+) -> str | None:
+    """Whether the last token of ``output`` and ``other`` may both have been drawn: in words."""
+    view = forced(prompt, output)
+    cdf = _cdf(view, temperature)[-1]
+    draw = float(uniforms([seed], [0], [len(output) - 1])[0])
+    off = max(_outside(cdf, token, draw) for token in (output[-1], other))
+    margin = float(view.router_margin[-1])
+    if off < DRAW_TIE or margin < ROUTER_TIE:
+        return f"draw {draw:.6f} off by {off:.2e}, router margin {margin:.2e}"
+    return None
+
+
+def _cdf(view: Forced, temperature: float) -> npt.NDArray[np.float64]:
+    scaled = view.logits / temperature
+    probs = np.exp(scaled - scaled.max(-1, keepdims=True))
+    return np.asarray((probs / probs.sum(-1, keepdims=True)).cumsum(-1))
+
+
+def _outside(cdf: npt.NDArray[np.float64], token: int, draw: float) -> float:
+    """How far ``draw`` lies outside the token's share of the distribution; 0 inside."""
+    low = cdf[token - 1] if token else 0.0
+    return float(max(low - draw, draw - cdf[token], 0.0))

@@ -16,7 +16,7 @@ def test_disaggregated_equals_the_oracle_and_mixed(pair: Cluster) -> None:
     sampled = tokens.run_sampled(pair, prompts, num_tokens=TOKENS, concurrency=16)
     tokens.check_sampled(prompts, sampled)
     again = tokens.run_sampled(pair, prompts, num_tokens=TOKENS, concurrency=5)
-    tokens.check_sampled(prompts, again)
+    assert len(tokens.same_draws(prompts, sampled, again)) <= oracle.MAX_TIES
 
     # They really were disaggregated: every request's KV was handed over, none recomputed.
     decode = next(i for i in pair.live_instances() if i.role == "decode")
@@ -30,9 +30,8 @@ def test_disaggregated_equals_the_oracle_and_mixed(pair: Cluster) -> None:
         tokens.check_greedy(
             prompts, tokens.run_greedy(mixed, prompts, num_tokens=TOKENS, concurrency=16)
         )
-        tokens.check_sampled(
-            prompts, tokens.run_sampled(mixed, prompts, num_tokens=TOKENS, concurrency=16)
-        )
+        alone = tokens.run_sampled(mixed, prompts, num_tokens=TOKENS, concurrency=16)
+        assert len(tokens.same_draws(prompts, sampled, alone)) <= oracle.MAX_TIES
         assert_nothing_held(mixed, within_s=5.0)
 
 

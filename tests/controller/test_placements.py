@@ -144,6 +144,20 @@ def test_callers_that_hang_up_leave_the_queue() -> None:
     assert not bench.core.state.open
 
 
+def test_what_ended_while_it_waited_is_never_placed() -> None:
+    bench = Bench()
+    commands = bench.place(*(events.PlaceQuery(name, attempt=1) for name in ("gone", "waits")))
+    bench.end("gone", attempt=0)
+    assert bench.core.placements.num_queued == 2, "an older attempt ended, not this one"
+    commands = bench.end("gone", attempt=1)
+    assert not only(commands, events.Placed), "the other one of the batch still waits"
+    assert bench.core.placements.num_queued == 1
+    results = only(bench.join("m"), events.Placed)[0].results
+    assert failed(results[0]).code is Code.ABORTED
+    assert placed(results[1]).attempt == 1
+    assert set(bench.core.state.open) == {"waits"}
+
+
 def test_too_long_for_any_instance_is_refused_at_once() -> None:
     bench = pair()
     failure = failed(bench.place_one("r", num_prompt_tokens=5000))

@@ -100,6 +100,7 @@ class ToyInstance(InstanceServicer):
         self.address = ""
         self._broken = asyncio.Event()
         self._session: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._channel: grpc.aio.Channel | None = None
 
     @property
@@ -155,6 +156,12 @@ class ToyInstance(InstanceServicer):
         self._session = asyncio.create_task(session())
 
     async def stop(self) -> None:
+        """Once, whoever asks: gRPC servers do not survive being stopped by two at a time."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
         self._broken.set()
         for task in list(self._running.values()):
             task.cancel()

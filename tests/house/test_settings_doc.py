@@ -13,7 +13,7 @@ import yaml
 from baton.cli.settings import load_settings
 from baton.core.config import ServeConfig
 from baton.core.errors import ERRORS_BY_CODE, Code
-from baton.engine.states import TRANSITIONS
+from baton.engine.states import TRANSITIONS, SequenceEvent, SequenceState
 from baton.gateway.errors import HTTP_STATUS
 from baton.gateway.request_states import TABLE
 from controller.membership import transitions
@@ -27,10 +27,11 @@ def settings(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, default) of every leaf; MISSING where there is no default."""
     for field in dataclasses.fields(owner):
         name = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(field.default_factory):
-            yield from settings(field.default_factory, f"{name}.")
-        elif field.default_factory is not dataclasses.MISSING:
-            yield name, field.default_factory()
+        factory: Any = field.default_factory
+        if dataclasses.is_dataclass(factory):
+            yield from settings(factory, f"{name}.")
+        elif factory is not dataclasses.MISSING:
+            yield name, factory()
         else:
             yield name, field.default
 
@@ -39,7 +40,7 @@ def rows(document: str) -> list[list[str]]:
     """The cells of all table rows whose first cell is one name in backticks."""
     text = (ROOT / "docs" / document).read_text()
     found = re.findall(r"^\| `[^`]+` \|.*\|$", text, re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found]
+    return [re.split(r" *\| *", line[1:-1].strip()) for line in found]
 
 
 def test_every_setting_is_described_with_its_default() -> None:
@@ -101,7 +102,12 @@ def table(entries: Sequence[tuple[str, str, str]]) -> str:
 
 STATE_TABLES = {
     "instances": [(str(a), str(e), str(b)) for a, e, b in transitions()],
-    "sequences": sorted((str(a), str(e), str(b)) for (a, e), b in TRANSITIONS.items()),
+    "sequences": [
+        (str(state), str(event), str(TRANSITIONS[state, event]))
+        for state in SequenceState
+        for event in SequenceEvent
+        if (state, event) in TRANSITIONS
+    ],
     "submissions": [(str(a), str(e), str(b)) for a, row in TABLE.items() for e, b in row.items()],
 }
 

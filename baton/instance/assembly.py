@@ -1,0 +1,90 @@
+"""Wires an engine, a runner and a cache into one working instance, without process or wire."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from baton.core.clock import Clock
+from baton.core.config import HandoffConfig
+from baton.engine.engine import Engine
+from baton.engine.loop import EngineLoop
+from baton.engine.plan import Runner
+from baton.instance.instance import Instance
+from baton.instance.roles import RoleSwitch
+from decode_worker.worker import DecodeHooks, DecodeWorker
+from kvpool.transport import KVCache
+from kvpool.transports import TransportSet
+from prefill_worker.worker import PrefillWorker
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstanceParts:
+    """What works together on one event loop. ``loop.run()`` is for the owner to start."""
+
+    instance: Instance
+    loop: EngineLoop
+    prefill: PrefillWorker
+    decode: DecodeWorker
+
+    async def stop(self) -> None:
+        """End pulls, streams to peers and steps; the runner is closed. Bounded."""
+        self.prefill.stop()
+        try:
+            await self.decode.stop()
+        finally:
+            await self.loop.stop()
+
+
+def assemble(
+    instance_id: str,
+    *,
+    engine: Engine,
+    runner: Runner,
+    cache: KVCache,
+    transports: TransportSet,
+    role: RoleSwitch,
+    handoff: HandoffConfig,
+    clock: Clock,
+    on_empty: Callable[[], None],
+) -> InstanceParts:
+    """Make the parts and join them. ``on_empty`` is called when the last submission has ended.
+
+    ``cache`` is exported on all of ``transports`` here. Raises TransferFailed if none can.
+    """
+    config = engine.config
+    instance = Instance(instance_id, engine=engine, role=role, clock=clock)
+    loop = EngineLoop(
+        engine,
+        runner,
+        clock=clock,
+        on_events=instance.on_events,
+        on_failed=instance.on_failed,
+        max_in_flight=2 if config.async_scheduling else 1,
+    )
+    prefill = PrefillWorker(
+        instance_id=instance_id,
+        incarnation=lambda: instance.incarnation,
+        endpoints=transports.endpoints(cache),
+        lease_s=handoff.lease_s,
+        clock=clock,
+        release=instance.release_held,
+    )
+    decode = DecodeWorker(
+        DecodeHooks(
+            kv_arrived=instance.kv_arrived,
+            kv_failed=instance.kv_failed,
+            engine_abort=instance.engine_abort,
+            repeat=instance.repeat_first,
+            stage=instance.note_stage,
+        ),
+        instance_id=instance_id,
+        incarnation=lambda: instance.incarnation,
+        cache=cache,
+        transports=transports,
+        block_size=config.block_size,
+        lease_s=handoff.lease_s,
+        pull_timeout_s=handoff.pull_timeout_s,
+    )
+    instance.attach(prefill=prefill, decode=decode, wake=loop.wake, on_empty=on_empty)
+    return InstanceParts(instance, loop, prefill, decode)
