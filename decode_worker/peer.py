@@ -72,12 +72,16 @@ class PeerLink:
         self.endpoints: tuple[Endpoint, ...] = ()
         """Where the peer's cache can be pulled from; known after its welcome."""
         self._task = asyncio.ensure_future(self._run())
-        self._renewer = asyncio.get_running_loop().call_later(renew_every_s, self._renew)
+        self._renewer: asyncio.TimerHandle | None = None
+        """Runs while anything is wanted."""
 
     def want(self, key: Key) -> None:
         """Ask for what is published of a request, or keep its lease."""
         want = instance_pb2.HandoffWant(request_id=key[0], attempt=key[1])
         self._send(instance_pb2.HandoffMessage(want=want))
+        if self._renewer is None and not self._closed:
+            loop = asyncio.get_running_loop()
+            self._renewer = loop.call_later(self._renew_every_s, self._renew)
 
     def done(self, key: Key, *, ok: bool) -> None:
         """Let the prefill side release a request's blocks."""
@@ -87,7 +91,9 @@ class PeerLink:
     def abandon(self) -> None:
         """Say nothing to the listener any more and begin no more pulls. Idempotent."""
         self._closed = True
-        self._renewer.cancel()
+        if self._renewer is not None:
+            self._renewer.cancel()
+            self._renewer = None
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def close(self) -> None:
@@ -100,9 +106,9 @@ class PeerLink:
         self._outgoing.put_nowait(message)
 
     def _renew(self) -> None:
+        self._renewer = None
         for key in self._wanted(self):
             self.want(key)
-        self._renewer = asyncio.get_running_loop().call_later(self._renew_every_s, self._renew)
 
     async def _messages(self) -> AsyncIterator[instance_pb2.HandoffMessage]:
         yield instance_pb2.HandoffMessage(hello=self._hello)

@@ -164,12 +164,15 @@ class DecodeWorker:
         return True
 
     async def stop(self) -> None:
-        """Close all streams; wait for running pulls (bounded by their time-out)."""
+        """Close all streams and transports; wait for running pulls (bounded by their time-out)."""
         links = list(self._peers.values())
         self._peers.clear()
         await asyncio.gather(*(link.close() for link in links), *self._closing)
-        if self._running:
-            await asyncio.wait(self._running, timeout=self._pull_timeout_s + _STOP_MARGIN_S)
+        running = set(self._running)
+        if running:
+            # Makes them fail now, where the transport can.
+            await asyncio.get_running_loop().run_in_executor(None, self._transports.close)
+            await asyncio.wait(running, timeout=self._pull_timeout_s + _STOP_MARGIN_S)
 
     # Called by the peer links.
 

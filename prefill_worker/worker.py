@@ -66,6 +66,8 @@ class _Handoff:
     peer: PeerStream | None = None
     num_sent: int = 0
     """Blocks that ``peer`` knows of."""
+    orphaned: bool = False
+    """Its decode side's stream broke, and nobody has asked for it since."""
     abandoned: bool = False
     """The decode side gave up before the end: let go as soon as token 0 is drawn."""
 
@@ -148,7 +150,8 @@ class PrefillWorker:
         handoff.num_computed_tokens = event.num_computed_tokens
         if event.final:
             handoff.final = True
-            self._leases.grant(handoff.key, self._clock.now(), self._lease_s)
+            lease_s = min(_ORPHAN_LEASE_S, self._lease_s) if handoff.orphaned else self._lease_s
+            self._leases.grant(handoff.key, self._clock.now(), lease_s)
             self._arm_timer()
         else:
             self._publish(handoff)
@@ -256,7 +259,7 @@ class PrefillWorker:
             self._leases.renew(key, self._clock.now(), self._lease_s)
         if handoff.peer is not peer:
             handoff.peer = peer
-            handoff.abandoned = False
+            handoff.orphaned = handoff.abandoned = False
             handoff.num_sent = 0
             self._publish(handoff)
 
@@ -290,6 +293,7 @@ class PrefillWorker:
         for handoff in self._handoffs.values():
             if handoff.peer is peer:
                 handoff.peer = None
+                handoff.orphaned = True
                 if self._leases.release(handoff.key):
                     self._leases.grant(handoff.key, now, min(_ORPHAN_LEASE_S, self._lease_s))
         self._arm_timer()

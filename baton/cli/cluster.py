@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import grpc
 import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton.cli.ports import answers, check_port, free_port
 from baton.cli.processes import RayProcesses
 from baton.core.config import ServeConfig
 from baton.core.errors import BatonError, ConfigError
@@ -94,7 +94,7 @@ class ClusterRun:
         if config.store == "memory" and config.address is not None:
             logger.info("store memory: the controller's address is found on this machine only")
         for name in ("http_port", "grpc_port"):
-            _check_port(config.host, getattr(config, name), name)
+            check_port(config.host, getattr(config, name), name)
         return checkpoint
 
     def start(self) -> Endpoints:
@@ -153,7 +153,7 @@ class ClusterRun:
             address = asyncio.run(find_controller(self.config.store, self.config.cluster))
         except BatonError:
             return
-        if _answers(address):
+        if answers(address):
             raise ConfigError(
                 f"cluster {self.config.cluster} already runs (controller at {address}); "
                 "stop it or choose another --cluster name",
@@ -197,7 +197,7 @@ class ClusterRun:
         actor = self._here(controller_actor_class(), "controller").remote(
             cluster=config.cluster,
             host=host,
-            port=_free_port(host),
+            port=free_port(host),
             store_url=config.store,
             config=config.controller,
             model=_served_name(config),
@@ -223,7 +223,7 @@ class ClusterRun:
                     cluster=config.cluster,
                     directory=self._shm,
                     host=host,
-                    port=_free_port(host) if config.address is None else 0,
+                    port=free_port(host) if config.address is None else 0,
                     controller_address=controller,
                 )
             )
@@ -285,8 +285,8 @@ class ClusterRun:
                 config,
                 model=_model_path(config),
                 # Chosen here, so that a restarted gateway comes back at the same ports.
-                http_port=config.http_port or _free_port(config.host),
-                grpc_port=config.grpc_port or _free_port(config.host),
+                http_port=config.http_port or free_port(config.host),
+                grpc_port=config.grpc_port or free_port(config.host),
             ),
             controller_address=controller,
             gateway_id="gateway-0",
@@ -375,31 +375,3 @@ def _affinity(node_id: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
-
-
-def _check_port(host: str, port: int, name: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"{name} {port} on {host} cannot be used ({error.strerror}); "
-                f"stop what uses it or choose another with --{name.replace('_', '-')}",
-                param=name,
-            ) from error
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1.0).close()
-    except OSError:
-        return False
-    return True

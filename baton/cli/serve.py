@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -16,6 +17,8 @@ from rich.console import Console
 from baton.cli.cluster import ClusterRun, Endpoints
 from baton.core.config import ServeConfig
 from baton.core.errors import Stage, Unavailable
+
+logger = logging.getLogger(__name__)
 
 
 class StopRequested(BaseException):
@@ -119,6 +122,9 @@ def _stop(run: ClusterRun, stopper: Stopper, console: Console) -> None:
             run.stop()
     except StopRequested:
         console.print("stopping at once")
+    except Exception:
+        # Whatever Ray raises while it goes down: what is left is killed all the same.
+        logger.exception("the cluster did not stop by itself")
     finally:
         run.kill()
 

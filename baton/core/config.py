@@ -10,7 +10,8 @@ import dataclasses
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
-TransportName = Literal["auto", "shm", "tcp", "loopback"]
+TransportName = Literal["auto", "shm", "tcp"]
+DeviceName = Literal["cpu"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class EngineConfig:
     """Plan step n+1 while step n runs."""
     num_threads: int = 1
     """CPU threads of one instance's model."""
-    device: str = "cpu"
+    device: DeviceName = "cpu"
 
     def __post_init__(self) -> None:
         _positive(self, "block_size", "num_blocks", "max_num_seqs", "num_threads")

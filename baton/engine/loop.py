@@ -19,6 +19,7 @@ import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from baton.core.clock import Clock
 from baton.core.errors import Aborted, Stage
@@ -148,9 +149,14 @@ class EngineLoop:
         self._stopping = True
         self.wake()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        waited: list[asyncio.Future[Any]] = [future for _, future in self._in_flight]
         if self._running is not None:
-            await asyncio.wait([self._running], timeout=_STOP_TIMEOUT_S)
-        if self._running is None or self._running.done():
-            await asyncio.get_running_loop().run_in_executor(None, self._runner.close)
-        else:
+            waited.append(self._running)
+        if waited and (await asyncio.wait(waited, timeout=_STOP_TIMEOUT_S))[1]:
             logger.error("the runner's step does not end; it is left behind")
+        else:
+            await asyncio.get_running_loop().run_in_executor(None, self._release)
+
+    def _release(self) -> None:
+        self._thread.shutdown(wait=True)
+        self._runner.close()

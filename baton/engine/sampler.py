@@ -70,26 +70,34 @@ def choose(logits_BV: Tensor, columns: SamplingColumns, uniforms_B: Float64s) ->
 
 
 def _draw(logits_BV: Tensor, columns: SamplingColumns, uniforms_B: Float64s) -> Tensor:
-    temperature, uniforms = _upload(
-        logits_BV.device,
-        np.maximum(columns.temperature, np.float32(_MIN_TEMPERATURE)),
-        uniforms_B.astype(np.float32),
+    dtype = _draw_dtype(logits_BV.device)
+    (temperature,) = _upload(
+        logits_BV.device, np.maximum(columns.temperature, np.float32(_MIN_TEMPERATURE))
     )
+    uniforms = torch.from_numpy(uniforms_B).to(logits_BV.device, dtype).unsqueeze(1)
     # Best token at 0: no temperature, however low, can overflow.
     scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
     threshold = _threshold(scaled, columns)
     if threshold is not None:
         scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
-    probs = torch.softmax(scaled, -1)
+    probs = torch.softmax(scaled, -1, dtype=dtype)
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:].contiguous()
     tokens = torch.searchsorted(cdf, uniforms * total, right=True)
-    # In float32 u may round up to 1, and u * total to total. The first token to reach the total is
-    # the last that has any mass.
+    # u may round up to 1 (float32), and u * total to total. The first token to reach the total
+    # is the last that has any mass.
     tokens = torch.minimum(tokens, torch.searchsorted(cdf, total))
     # A device's parallel scan need not be monotone: the last word is the probability itself.
     possible = probs.gather(1, tokens) > 0
     return torch.where(possible, tokens, probs.argmax(-1, keepdim=True)).squeeze(1)
+
+
+def _draw_dtype(device: torch.device) -> torch.dtype:
+    """In what the distribution is summed: an inverse CDF over thousands of tokens in float32 is off
+    by up to 1e-6, and two batches that differ in rounding would part there. Not every device has
+    float64; there the bound is what float32 gives.
+    """
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def _threshold(scaled_BV: Tensor, columns: SamplingColumns) -> Tensor | None:

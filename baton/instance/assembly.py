@@ -46,14 +46,16 @@ def assemble(
     role: RoleSwitch,
     handoff: HandoffConfig,
     clock: Clock,
+    vocab_size: int | None = None,
     on_empty: Callable[[], None],
 ) -> InstanceParts:
     """Make the parts and join them. ``on_empty`` is called when the last submission has ended.
 
-    ``cache`` is exported on all of ``transports`` here. Raises TransferFailed if none can.
+    ``vocab_size``: see :class:`Instance`. ``cache`` is exported on all of ``transports`` here.
+    Raises TransferFailed if none can.
     """
     config = engine.config
-    instance = Instance(instance_id, engine=engine, role=role, clock=clock)
+    instance = Instance(instance_id, engine=engine, role=role, clock=clock, vocab_size=vocab_size)
     loop = EngineLoop(
         engine,
         runner,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 from baton.core.clock import Clock
 from baton.core.cluster import InstanceLoad, Target
-from baton.core.errors import BatonError, Code, Fenced, Refused, Stage
+from baton.core.errors import BatonError, Code, Fenced, InvalidRequest, Refused, Stage
 from baton.core.request import FinishReason, Part, Submission, TokenOutput
 from baton.engine.engine import Engine
 from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
@@ -70,7 +70,16 @@ class InstanceCounters:
 class Instance:
     """Submissions, their ends, and the way from engine events to token streams."""
 
-    def __init__(self, instance_id: str, *, engine: Engine, role: RoleSwitch, clock: Clock) -> None:
+    def __init__(
+        self,
+        instance_id: str,
+        *,
+        engine: Engine,
+        role: RoleSwitch,
+        clock: Clock,
+        vocab_size: int | None = None,
+    ) -> None:
+        """``vocab_size``: token ids are below it; ``None`` trusts whoever submits."""
         self.instance_id = instance_id
         self.engine = engine
         self.role = role
@@ -78,6 +87,7 @@ class Instance:
         self.counters = InstanceCounters()
         self.incarnation = 0
         self._clock = clock
+        self._vocab_size = vocab_size
         self._open: dict[str, OpenRequest] = {}
         self._newest: dict[str, str] = {}
         """request_id → sequence_id of its open attempt."""
@@ -173,6 +183,14 @@ class Instance:
                 stage=Stage.PLACEMENT,
             )
         self.role.duty.check(part, self.instance_id)
+        largest = max((*submission.prompt_ids, *submission.output_ids))
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            # In a step it would take the others down with it.
+            raise InvalidRequest(
+                f"token id {largest} is not below the vocabulary's size {self._vocab_size}",
+                param="prompt",
+                stage=Stage.PLACEMENT,
+            )
 
     def abort(self, request_id: str, attempt: int) -> None:
         """End this attempt and all older ones; remembered, in case the submission comes later."""

@@ -104,6 +104,7 @@ class InstanceServer:
             role=self.role,
             handoff=spec.handoff,
             clock=clock,
+            vocab_size=checkpoint.config.vocab_size,
             on_empty=lambda: self._session.heartbeat_now(),
         )
         self.instance = parts.instance

@@ -108,14 +108,14 @@ def check_greedy(prompt: Sequence[int], output: Sequence[int]) -> list[str]:
 
 
 def check_sampled(
-    prompt: Sequence[int], output: Sequence[int], *, seed: int, temperature: float, choice: int = 0
+    prompt: Sequence[int], output: Sequence[int], *, seed: int, temperature: float, top_k: int
 ) -> list[str]:
-    """The same for seeded draws at ``temperature`` (no filters): inverse CDF in token order."""
+    """The same for seeded draws: inverse CDF, in token order, over the ``top_k`` best tokens."""
     view = forced(prompt, output)
-    cdf = _cdf(view, temperature)
+    cdf = _cdf(view, temperature, top_k)
     draws = uniforms(
         np.full(len(output), seed, np.uint64),
-        np.full(len(output), choice),
+        np.zeros(len(output)),
         np.arange(len(output)),
     )
     ties = []
@@ -131,11 +131,17 @@ def check_sampled(
 
 
 def near_boundary(
-    prompt: Sequence[int], output: Sequence[int], other: int, *, seed: int, temperature: float
+    prompt: Sequence[int],
+    output: Sequence[int],
+    other: int,
+    *,
+    seed: int,
+    temperature: float,
+    top_k: int,
 ) -> str | None:
     """Whether the last token of ``output`` and ``other`` may both have been drawn: in words."""
     view = forced(prompt, output)
-    cdf = _cdf(view, temperature)[-1]
+    cdf = _cdf(view, temperature, top_k)[-1]
     draw = float(uniforms([seed], [0], [len(output) - 1])[0])
     off = max(_outside(cdf, token, draw) for token in (output[-1], other))
     margin = float(view.router_margin[-1])
@@ -144,9 +150,11 @@ def near_boundary(
     return None
 
 
-def _cdf(view: Forced, temperature: float) -> npt.NDArray[np.float64]:
+def _cdf(view: Forced, temperature: float, top_k: int) -> npt.NDArray[np.float64]:
     scaled = view.logits / temperature
-    probs = np.exp(scaled - scaled.max(-1, keepdims=True))
+    floor = np.partition(scaled, -top_k, axis=-1)[:, -top_k, None]
+    kept = np.where(scaled >= floor, scaled, -np.inf)
+    probs = np.exp(kept - kept.max(-1, keepdims=True))
     return np.asarray((probs / probs.sum(-1, keepdims=True)).cumsum(-1))
 
 

@@ -156,7 +156,7 @@ INF = float("inf")
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 1e-7, 1 - 2.0**-53])
 def test_never_an_impossible_token(uniform: float) -> None:
     assert draw_one([-INF, 1.0, -INF, -INF], uniform) == 1
-    assert draw_one([-INF, -200.0, 0.0, -200.0], uniform) == 2
+    assert draw_one([-INF, -2000.0, 0.0, -2000.0], uniform) == 2
     assert draw_one([5.0, 4.9, 4.8, 4.7], uniform, top_k=1) == 0
     assert draw_one([5.0, 4.9, 4.8, 4.7], uniform, top_p=1e-9) == 0
     assert draw_one([1.0, 4.9, 4.8, 4.7], uniform, min_p=1.0) == 1

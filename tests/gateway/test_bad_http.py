@@ -277,7 +277,8 @@ async def test_not_ready_without_a_controller(client: httpx.AsyncClient) -> None
     assert "controller" in answer.json()["error"]["message"]
     models = (await client.get("/v1/models")).json()
     assert [card["id"] for card in models["data"]] == ["tiny"]
-    assert (await client.get("/v1/models/tiny")).json()["max_model_len"] == CONTEXT
+    card = (await client.get("/v1/models/tiny")).json()
+    assert (card["max_model_len"], card["vocab_size"]) == (CONTEXT, VOCAB)
 
 
 async def test_refused_requests_are_counted(client: httpx.AsyncClient) -> None:

@@ -7,12 +7,16 @@ import contextlib
 import json
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.client import GenerateChunk, generate_request
+from baton.client import AsyncBatonClient, GenerateChunk, generate_request
 from baton.core.errors import BatonError, Code, InstanceLost, InvalidRequest
-from tests.gateway.gateway_support import until
+from baton.gateway.server import STOP_GRACE_S, GatewayServer
+from tests.gateway.gateway_support import ToyInstance, until
 from tests.gateway.toy_cluster import PROMPT, Toy, controller_service, expected, joined
 
 
@@ -115,6 +119,27 @@ async def test_disconnect_ends_the_work(toy: Toy, stream: bool, produced: bool) 
     assert await toy.metric('baton_aborts_total{reason="disconnect"}') == 1
 
 
+async def test_who_leaves_the_queue_is_never_placed(toy: Toy) -> None:
+    for instance in toy.decode:
+        await instance.stop()
+    core = toy.controller.shell.core
+    await until(lambda: not core.state.ready)
+    stays = asyncio.create_task(toy.generate(prompt=[1], max_tokens=2))
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 9}
+    async with httpx.AsyncClient(base_url=toy.http.base_url) as client:
+        leaves = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until(lambda: core.placements.num_queued == 2)
+        leaves.cancel()
+        await asyncio.gather(leaves, return_exceptions=True)
+    await until(lambda: core.placements.num_queued == 1)
+    late = toy.instances["decode-2"] = ToyInstance("decode-2")
+    await late.start()
+    await late.join(toy.controller.address, "decode")
+    assert joined(await stays) == expected(2, prompt=[1])
+    assert len(late.submitted) == 1
+    await until(lambda: not core.state.open)
+
+
 async def test_grpc_cancel_abort_and_deadline_end_the_work(toy: Toy) -> None:
     for instance in toy.instances.values():
         instance.step_s = 0.02
@@ -187,6 +212,35 @@ async def test_stop_ends_open_requests_with_a_retryable_error(toy: Toy) -> None:
     assert caught.value.retryable
     await until(lambda: not any(item.open for item in toy.instances.values()))
     # The fixture stops it again: that must be harmless.
+
+
+async def test_a_watched_gateway_stops_at_once(toy: Toy) -> None:
+    async with grpc.aio.insecure_channel(toy.gateway.addresses.grpc) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        async with asyncio.timeout(STOP_GRACE_S):
+            await toy.gateway.stop()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await watch.read() is grpc.aio.EOF  # type: ignore[attr-defined]
+        assert await watch.code() is grpc.StatusCode.OK
+
+
+async def test_a_gateway_that_comes_back_is_another_to_instances(toy: Toy) -> None:
+    await toy.generate()
+    await toy.gateway.stop()
+    again = GatewayServer(toy.settings)
+    addresses = await again.start()
+    async with AsyncBatonClient(addresses.grpc) as client:
+        request = generate_request(PROMPT, max_tokens=20, seed=3, ignore_eos=True)
+        assert joined([chunk async for chunk in client.generate(request)]) == expected()
+    await again.stop()
+    lives = {
+        item.submission.gateway_id
+        for instance in toy.instances.values()
+        for item in instance.submitted
+    }
+    assert len(lives) == 2
+    assert all(life.startswith("gw-0-") for life in lives)
 
 
 async def test_a_broken_stream_of_a_living_instance_is_replayed(toy: Toy) -> None:

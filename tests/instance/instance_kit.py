@@ -35,7 +35,7 @@ from kvpool.transports.loopback import LoopbackTransport
 from protos.baton.internal.v1 import instance_pb2, instance_pb2_grpc
 from protos.convert import output_from_record, submission_to_record
 from protos.serving import channel_options, server_options
-from tests.engine.simulated_runner import SimulatedRunner, generate
+from tests.engine.simulated_runner import VOCABULARY, SimulatedRunner, generate
 
 MAX_MODEL_LEN = 120
 BLOCK_SIZE = 4
@@ -109,9 +109,7 @@ class Node:
             generations=self.arena.generations,
         )
         self.runner = ArenaRunner(config.block_size, self.arena)
-        self.transports = TransportSet(
-            transports or [FaultyTransport(LoopbackTransport(), script)]
-        )
+        self.transports = TransportSet(transports or [FaultyTransport(LoopbackTransport(), script)])
         self.role = RoleSwitch(role)
         self.num_emptied = 0
         self.parts: InstanceParts = assemble(
@@ -123,6 +121,7 @@ class Node:
             role=self.role,
             handoff=handoff,
             clock=SystemClock(),
+            vocab_size=VOCABULARY,
             on_empty=self._on_empty,
         )
         self.instance = self.parts.instance
@@ -154,6 +153,7 @@ class Node:
         self.instance.hub.end_all()
         await self.kill()
         await self.parts.stop()
+        assert not self.parts.decode._running, "a pull may still write to the arena"
         if self._task is not None:
             await self._task
         await asyncio.to_thread(self.transports.close)
@@ -238,9 +238,7 @@ class Client:
             item.prefill_instance_id = prefill.target.instance_id
             item.prefill_incarnation = prefill.target.incarnation
             item.prefill_address = prefill.target.address
-        reply = await self.stub(node).Submit(
-            instance_pb2.SubmitBatch(items=[item]), timeout=WAIT_S
-        )
+        reply = await self.stub(node).Submit(instance_pb2.SubmitBatch(items=[item]), timeout=WAIT_S)
         assert isinstance(reply.replies[0], instance_pb2.SubmitReply)
         return reply.replies[0]
 
@@ -270,7 +268,7 @@ class Client:
         for output in self.of(request_id, attempt):
             for index, token in enumerate(output.token_ids, output.index):
                 assert by_index.setdefault(index, token) == token, f"token {index} differs"
-        assert list(sorted(by_index)) == list(range(first_index, first_index + len(by_index)))
+        assert sorted(by_index) == list(range(first_index, first_index + len(by_index)))
         return [by_index[index] for index in sorted(by_index)]
 
     def end(self, request_id: str, attempt: int = 0) -> TokenOutput | None:

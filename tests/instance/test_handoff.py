@@ -99,6 +99,19 @@ async def test_a_pull_that_fails_is_recomputed(fault: Fault, at: int) -> None:
         await client.check(again)
 
 
+@pytest.mark.parametrize("fault", [Fault.SHORT, Fault.CORRUPT, Fault.STALE])
+async def test_what_half_arrived_is_wiped_before_anything_is_computed(fault: Fault) -> None:
+    """It may be NaN, which a mask does not stop."""
+    prefill, decode = pair(script=[fault])
+    async with running(prefill, decode) as client:
+        decode.runner.gate.clear()
+        await client.hand_over(request(num_prompt_tokens=14), prefill, decode)
+        await until(lambda: bool(decode.runner.started))
+        assert decode.arena.buffer.tobytes() == bytes(len(decode.arena.buffer))
+        decode.runner.gate.set()
+        await client.check(request(num_prompt_tokens=14))
+
+
 async def test_another_layout_is_recomputed() -> None:
     prefill, decode = Node("p", layout="other"), Node("d")
     async with running(prefill, decode) as client:
@@ -237,7 +250,10 @@ async def test_many_at_once() -> None:
             for i in range(24)
         ]
         await asyncio.gather(
-            *(client.hand_over(one, nodes[i % 2], nodes[2 + i // 2 % 2]) for i, one in enumerate(ones))
+            *(
+                client.hand_over(one, nodes[i % 2], nodes[2 + i // 2 % 2])
+                for i, one in enumerate(ones)
+            )
         )
         for one in ones:
             await client.check(one)
@@ -269,6 +285,8 @@ async def test_submissions_that_make_no_sense_are_refused_and_leave_nothing() ->
         assert (await client.submit(too_long, Part.PREFILL, prefill)).error.param == "prompt"
         stranger = request("d", gateway_id="nobody")
         assert (await client.submit(stranger, Part.PREFILL, prefill)).error.code == "refused"
+        foreign = request("g", prompt_ids=(1, 2, 23))
+        assert (await client.submit(foreign, Part.PREFILL, prefill)).error.param == "prompt"
         prefill.instance.incarnation = 2
         assert (await client.submit(request("e"), Part.PREFILL, prefill)).error.code == "fenced"
         record = instance_pb2.SubmissionRecord(request_id="f")

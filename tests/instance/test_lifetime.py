@@ -240,7 +240,7 @@ async def test_decode_that_dies_leaves_prefill_with_a_short_lease(
         await decode.parts.decode.stop()
         await prefill.idle()
         assert prefill.parts.prefill.counters.num_expired_leases == 1
-        assert client.tokens("r") == plain(request())[0][:1]
+        assert client.tokens("r")[:1] == plain(request())[0][:1]
 
 
 async def test_a_step_that_fails_ends_only_its_requests() -> None:
