@@ -139,6 +139,10 @@ class ControllerCore:
         if event.draining and foreign and info.instance_id not in state.drained_ids:
             state.drained_ids.add(info.instance_id)
             state.emit(events.StorePut(DRAIN_KEY_PREFIX + info.instance_id, "1"))
+        if foreign:
+            # An operator may have chosen it while another controller ran whose memory is gone; the
+            # instance's own next life must not fall back to what it was configured to be.
+            state.roles.setdefault(info.instance_id, info.role)
         record.drain_wanted = info.instance_id in state.drained_ids
         # The operator's choice, else what this controller believed before, else what it says.
         role = state.roles.get(info.instance_id, known.info.role if known else info.role)

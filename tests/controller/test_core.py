@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from baton.core.cluster import Role
 from baton.core.errors import Code
 from controller import events
 from controller.state import INCARNATIONS_PER_EPOCH
@@ -54,6 +55,18 @@ def test_comeback_after_the_controller_restarted() -> None:
     assert (reply.incarnation, reply.epoch) == (own, 5)
     bench.open("a")
     assert bench.state_of("a") == "ready"
+
+
+def test_role_from_before_the_controller_outlives_the_instance() -> None:
+    """An operator's switch, a new controller without memory, then a new life of the instance."""
+    bench = Bench(epoch=3)
+    own = 2 * 2**20 + 5
+    back = bench.register(make_info("a", Role.DECODE, incarnation=own), known_epoch=2)
+    assert isinstance(back, events.Registered)
+    assert back.role is Role.DECODE
+    reborn = bench.register(make_info("a", Role.PREFILL))
+    assert isinstance(reborn, events.Registered)
+    assert reborn.role is Role.DECODE
 
 
 def test_epoch_rises_above_what_members_present() -> None:
