@@ -23,28 +23,26 @@ from prometheus_client import make_asgi_app
 from baton.core.blocks import block_salt
 from baton.core.clock import SystemClock
 from baton.core.cluster import InstanceInfo, InstanceLoad
-from baton.core.errors import ConfigError
 from baton.engine.checkpoint import open_checkpoint
 from baton.engine.engine import Engine
 from baton.engine.models.config import kv_layout, resolve_max_model_len
 from baton.engine.runner import InlineRunner
 from baton.instance.assembly import assemble
 from baton.instance.metrics import make_registry
+from baton.instance.pool_client import PoolClient
 from baton.instance.roles import RoleSwitch
 from baton.instance.service import InstanceService
 from baton.instance.session import ControllerSession
 from baton.instance.spec import InstanceSpec
 from kvpool.arena import BlockArena
 from kvpool.transports import TransportSet, make_transports
-from protos.baton.internal.v1 import instance_pb2_grpc, pool_pb2, pool_pb2_grpc
+from protos.baton.internal.v1 import instance_pb2_grpc
 from protos.http import HttpServer
-from protos.serving import channel_options, server_options
+from protos.serving import server_options
 
 logger = logging.getLogger(__name__)
 
-_POOL_TIMEOUT_S = 10.0
 _REGISTER_TIMEOUT_S = 30.0
-_RELEASE_TIMEOUT_S = 1.0
 _GRACE_S = 0.5
 
 
@@ -227,46 +225,12 @@ class InstanceServer:
             )
             self._exit.callback(arena.close)
             return arena
+        pool = PoolClient(spec, self._nonce)
         # Also where the answer does not reach us: the pool node may have made one.
-        self._exit.push_async_callback(self._release_arena, spec.pool_address)
-        async with grpc.aio.insecure_channel(
-            spec.pool_address, options=channel_options()
-        ) as channel:
-            stub: pool_pb2_grpc.PoolNodeAsyncStub = pool_pb2_grpc.PoolNodeStub(channel)
-            try:
-                reply = await stub.AllocateArena(
-                    pool_pb2.AllocateArenaRequest(
-                        instance_id=spec.instance_id,
-                        nonce=self._nonce,
-                        pid=os.getpid(),
-                        num_blocks=spec.engine.num_blocks,
-                        block_bytes=block_bytes,
-                        layout=layout,
-                    ),
-                    timeout=_POOL_TIMEOUT_S,
-                    wait_for_ready=True,
-                )
-            except grpc.aio.AioRpcError as error:
-                raise ConfigError(
-                    f"the pool node at {spec.pool_address} gave no KV arena: {error.details()}",
-                    param="engine.num_blocks",
-                ) from error
-        arena = BlockArena.open(reply.path, reply.token, writable=True)
+        self._exit.push_async_callback(pool.release)
+        arena = await pool.allocate(block_bytes=block_bytes, layout=layout)
         self._exit.callback(arena.close)
         return arena
-
-    async def _release_arena(self, pool_address: str) -> None:
-        async with grpc.aio.insecure_channel(pool_address, options=channel_options()) as channel:
-            stub: pool_pb2_grpc.PoolNodeAsyncStub = pool_pb2_grpc.PoolNodeStub(channel)
-            try:
-                await stub.ReleaseArena(
-                    pool_pb2.ReleaseArenaRequest(
-                        instance_id=self.spec.instance_id, nonce=self._nonce
-                    ),
-                    timeout=_RELEASE_TIMEOUT_S,
-                )
-            except grpc.aio.AioRpcError:
-                logger.info("the pool node is gone already; it releases arenas by itself")
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

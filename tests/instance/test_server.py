@@ -15,7 +15,7 @@ import pytest
 
 from baton.core.cluster import Role, Target
 from baton.core.config import EngineConfig, HandoffConfig
-from baton.core.errors import ConfigError
+from baton.core.errors import ConfigError, Unavailable
 from baton.core.request import Part
 from baton.instance.server import InstanceServer
 from baton.instance.spec import InstanceSpec
@@ -127,9 +127,31 @@ async def test_no_controller(house: House, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_no_pool_node(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("baton.instance.server._POOL_TIMEOUT_S", 0.3)
+    """It may come back: nothing for an operator to change, and worth another start."""
+    monkeypatch.setattr("baton.instance.pool_client._ALLOCATE_TIMEOUT_S", 0.3)
     error = await failing_start(house, house.spec(pool_address="127.0.0.1:9"))
-    assert isinstance(error, ConfigError)
+    assert isinstance(error, Unavailable)
+
+
+async def test_a_pool_node_that_has_moved_is_found(house: House) -> None:
+    """A restarted pool node may have another port; the controller knows it by its machine."""
+    pool = PoolNode(
+        house.name,
+        controller_address=house.cluster.service.address,
+        member_id="pool-m",
+        node_id="machine",
+    )
+    await pool.start()
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while not house.cluster.service.shell.core.state.members:
+                await asyncio.sleep(0.01)
+        spec = house.spec(pool_address="127.0.0.1:9", node_id="machine")
+        async with serving(InstanceServer(spec)):
+            await house.cluster.state("i", "ready")
+            assert len(house.arenas()) == 1
+    finally:
+        await pool.stop()
 
 
 async def test_a_host_that_is_not_here(house: House) -> None:
