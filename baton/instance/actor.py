@@ -7,13 +7,15 @@ checkpoint, takes a new arena and registers as a new incarnation.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from baton.instance.server import InstanceServer
 from baton.instance.spec import InstanceSpec
 from protos.serving import HostedServer
+
+if TYPE_CHECKING:
+    from baton.instance.server import InstanceServer
 
 _START_TIMEOUT_S = 600.0
 _CALL_TIMEOUT_S = 5.0
@@ -24,6 +26,9 @@ class InstanceActor:
     """Runs one instance in this process."""
 
     def __init__(self, spec: InstanceSpec) -> None:
+        # Only here: the launcher's process names this class, and must not pay for torch.
+        from baton.instance.server import InstanceServer
+
         self._server = HostedServer(
             spec.instance_id, lambda: InstanceServer(spec), start_timeout_s=_START_TIMEOUT_S
         )
