@@ -56,7 +56,7 @@ def serve(
         "prefill": prefill,
         "decode": decode,
         "mixed": mixed,
-        "engine.dtype": dtype,
+        "dtype": dtype,
         "host": host,
         "http_port": http_port,
         "grpc_port": grpc_port,

@@ -17,18 +17,22 @@ import yaml
 from baton.core.config import ServeConfig
 from baton.core.errors import ConfigError
 
+SHORT_NAMES = {"dtype": "engine.dtype"}
+"""Settings of a group that may also stand at the top, as their flag does."""
+
 _ADAPTER: pydantic.TypeAdapter[ServeConfig] | None = None
 
 
 def load_settings(path: Path | None, flags: dict[str, Any]) -> ServeConfig:
     """The file's settings, overridden by the flags that were given (not ``None``).
 
-    A flag may name a nested setting with a dot (``engine.dtype``). Raises ConfigError.
+    Flags and file use the same names. Raises ConfigError.
     """
     values = _read(path) if path is not None else {}
-    for name, value in flags.items():
-        if value is not None:
-            _put(values, name, value)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    for short, full in SHORT_NAMES.items():
+        if short in values:
+            _put(values, full, values.pop(short))
     if "model" not in values:
         raise ConfigError("model is missing: give --model DIR or set it in the file", param="model")
     return parse_settings(values, source=str(path) if path else "flags")

@@ -32,11 +32,25 @@ def test_good_settings() -> None:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "baton.yaml"
     path.write_text("model: a\nprefill: 2\nengine:\n  num_blocks: 64\n")
-    config = load_settings(path, {"prefill": 4, "engine.dtype": "bfloat16", "decode": None})
+    config = load_settings(path, {"prefill": 4, "dtype": "bfloat16", "decode": None})
     assert config.prefill == 4
     assert config.decode == 1
     assert config.engine.num_blocks == 64
     assert config.engine.dtype == "bfloat16"
+
+
+def test_the_file_knows_the_flags_by_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text("model: a\ndtype: bfloat16\nengine:\n  block_size: 32\n")
+    config = load_settings(path, {})
+    assert config.engine.dtype == "bfloat16"
+    assert config.engine.block_size == 32
+    path.write_text("model: a\ndtype: int3\n")
+    with pytest.raises(ConfigError, match=r"engine\.dtype is 'int3'"):
+        load_settings(path, {})
+    path.write_text("model: a\ndtype: bfloat16\nengine: 5\n")
+    with pytest.raises(ConfigError, match="engine"):
+        load_settings(path, {})
 
 
 BAD = [
