@@ -351,7 +351,8 @@ class EngineMachine(RuleBasedStateMachine):
                 assert unheld == node.config.num_blocks
 
     def teardown(self) -> None:
-        for _ in range(400):
+        # At one token a step and a sequence at a time, fifty requests take their time.
+        for _ in range(4000):
             if not any(node.engine.request_ids() for node in getattr(self, "nodes", [])):
                 break
             if self._advance():

@@ -237,6 +237,8 @@ async def test_decode_that_dies_leaves_prefill_with_a_short_lease(
     async with running(prefill, decode) as client:
         await client.hand_over(request(), prefill, decode)
         await until(lambda: prefill.parts.prefill.num_leases == 1)
+        # Only of a decode side that has asked can prefill see that it died.
+        await until(lambda: decode.held()["running_pulls"] == 1)
         await decode.parts.decode.stop()
         await prefill.idle()
         assert prefill.parts.prefill.counters.num_expired_leases == 1
