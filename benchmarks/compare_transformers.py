@@ -1,7 +1,7 @@
 """Tokens/s, TTFT and TPOT of a Baton cluster and of the same model in ``transformers``.
 
-    python benchmarks/compare_transformers.py --model deploy/demo-model
-    python benchmarks/compare_transformers.py ... -- --prefill 1 --decode 1   # for baton serve
+    python benchmarks/serve.py compare --model deploy/demo-model
+    python benchmarks/serve.py compare ... -- --prefill 1 --decode 1   # for baton serve
 
 One run measures both, in turn, several times each, and reports medians: the machine's other load
 then falls on both alike. Per concurrency C, C requests are always open at Baton (a closed loop of
@@ -50,6 +50,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse; what comes after ``--`` is for ``baton serve``."""
     own, serve_options = _split(list(argv))
     parser = argparse.ArgumentParser(
+        prog="serve.py compare",
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -198,7 +199,7 @@ def medians(results: Sequence[LoadResult]) -> dict[str, Any]:
 
 def command_line() -> str:
     """What made the numbers, to be run from the root of the repository."""
-    return shlex.join(["python", "benchmarks/compare_transformers.py", *sys.argv[1:]])
+    return shlex.join(["python", "benchmarks/serve.py", *sys.argv[1:]])
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -228,14 +229,14 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; the exit status."""
-    args = arguments(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> int:
+    """``serve.py compare``; the exit status."""
+    args = arguments(argv)
     console = Console(stderr=True)
     try:
         document = measure(args, console)
     except (OSError, RuntimeError, ValueError) as error:
-        console.print(f"compare_transformers.py: {error}", style="red", markup=False)
+        console.print(f"serve.py compare: {error}", style="red", markup=False)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     text = markdown(document)
@@ -243,7 +244,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args.out / "compare_transformers.md").write_text(text)
     print(text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

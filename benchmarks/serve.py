@@ -4,6 +4,10 @@
         --num-requests 200 --rate 4 --arrivals poisson --input-len 256 --output-len 64 \\
         --slo ttft=1.0,tpot=0.05 --json results.json
     python benchmarks/serve.py ... --trace conversation.jsonl --format mooncake --length-scale 0.05
+    python benchmarks/serve.py compare --model deploy/demo-model
+
+``compare`` starts a cluster and measures it beside the same model in ``transformers``, in one run:
+see ``benchmarks/compare_transformers.py``.
 
 Requests are sent when they are due, whatever became of the earlier ones (with ``--concurrency`` at
 most so many at a time: a closed loop, in which TTFT counts from the sending). All are drawn from
@@ -194,7 +198,13 @@ async def _show(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; the exit status."""
-    args = arguments(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["compare"]:
+        # Only here: torch and transformers are nothing to a client of a running server.
+        from benchmarks import compare_transformers
+
+        return compare_transformers.main(given[1:])
+    args = arguments(given)
     console = Console(stderr=True)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
@@ -214,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         document = {
             "schema": SCHEMA,
-            "command": list(sys.argv[1:] if argv is None else argv),
+            "command": given,
             "started_at": started_at,
             "machine": host,
             "workload": describe_workload(args, items),

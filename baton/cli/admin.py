@@ -30,7 +30,7 @@ def status(address: str, *, as_json: bool) -> None:
         f"placements {reply.num_placements}  queued {reply.num_queued_placements}"
     )
     console.print(instance_table(reply))
-    members = Table("member", "id", "address", "pid", "memory")
+    members = Table("member", "id", "address", "pid", "memory", box=None, padding=(0, 1, 0, 0))
     members.add_row(
         "controller",
         "controller",
@@ -59,19 +59,12 @@ def life(incarnation: int) -> str:
 
 def instance_table(reply: cluster_pb2.ClusterStatus) -> Table:
     """One row per instance."""
-    table = Table(
-        "instance",
-        "life",
-        "role",
-        "state",
-        "wait",
-        "run",
-        "kv",
-        "held",
-        "blocks used+cached",
-        "memory",
-        "pid",
-    )
+    # Without lines it fits the 80 columns of a plain terminal.
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for title in ("instance", "life", "role", "state"):
+        table.add_column(title, no_wrap=True)
+    for title in ("wait", "run", "kv", "held", "used+cached", "memory", "pid"):
+        table.add_column(title, no_wrap=True, justify="right")
     for item in reply.instances:
         used = item.num_blocks - item.num_free_blocks - item.num_cached_blocks
         table.add_row(

@@ -23,6 +23,7 @@ from baton.client import BatonClient, generate_request
 from baton.client.admin import AdminClient
 from baton.core.errors import BatonError, Unavailable
 from baton.core.slo import Timing
+from protos.baton.v1 import cluster_pb2
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "deploy" / "demo-model"
 PROMPT = 'def read_config(path):\n    """Read a configuration file and return a dictionary."""\n'
@@ -134,8 +135,10 @@ def print_how_to_talk(endpoints: Endpoints, model: str) -> None:
     {endpoints.grpc} baton.v1.Inference/Generate
 
 [bold]baton[/bold] status | role INSTANCE ROLE | drain INSTANCE | explain REQUEST_ID
+
+Ctrl-C stops the cluster.
 """
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, soft_wrap=True)  # lines to copy stay whole
 
 
 def show_status(endpoints: Endpoints, stopper: Stopper) -> None:
@@ -151,13 +154,19 @@ def show_status(endpoints: Endpoints, stopper: Stopper) -> None:
                 live.update(Text(f"controller: {error.message}"), refresh=True)
                 continue
             parts = [
-                f"{item.instance_id} {item.role}/{item.state} run {item.num_running} "
-                f"wait {item.num_waiting}"
+                f"{_name(item)} run {item.num_running} wait {item.num_waiting}"
                 for item in reply.instances
                 if item.state != "dead"
             ]
-            line = f"{time.strftime('%H:%M:%S')}  requests {reply.num_placements}  "
-            live.update(Text(line + "  |  ".join(parts) + "  (Ctrl-C to stop)"), refresh=True)
+            line = f"{time.strftime('%H:%M:%S')} requests {reply.num_placements} | "
+            text = Text(line + " | ".join(parts), no_wrap=True, overflow="ellipsis")
+            live.update(text, refresh=True)
+
+
+def _name(item: cluster_pb2.InstanceStatus) -> str:
+    """The id, and what it does not say: another role, a state other than ready."""
+    role = "" if item.instance_id.startswith(item.role) else f" ({item.role})"
+    return item.instance_id + role + ("" if item.state == "ready" else f" {item.state}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_medians_of_repetitions() -> None:
 
 def test_markdown_has_a_row_per_system_and_the_command() -> None:
     document = {
-        "command": "python benchmarks/compare_transformers.py --model m",
+        "command": "python benchmarks/serve.py compare --model m",
         "started_at": "2026-01-02T03:04:05+00:00",
         "model": "m",
         "workload": {"input_len": 4, "output_len": 3, "repetitions": 3},
@@ -58,7 +58,7 @@ def test_markdown_has_a_row_per_system_and_the_command() -> None:
     text = markdown(document)
     assert "| 4 | baton | 10.0 | 100.0 | 100.0 | 100.0 |" in text
     assert "| 4 | transformers | 10.0 |" in text
-    assert "`python benchmarks/compare_transformers.py --model m`, 2026-01-02." in text
+    assert "`python benchmarks/serve.py compare --model m`, 2026-01-02." in text
 
 
 def test_reference_makes_every_token_and_times_it(tmp_path: Path) -> None:
