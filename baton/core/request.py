@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
 
 PROTOCOL_VERSION = 1
 MAX_LOGPROBS = 20
@@ -166,8 +165,3 @@ class TokenOutput:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     stages: tuple[tuple[str, float], ...] = ()
     """(stage name, wall-clock seconds): what happened here since the last output."""
-
-
-def tokens_of(outputs: Sequence[TokenOutput]) -> list[int]:
-    """All token ids of outputs that are in order."""
-    return [token for output in outputs for token in output.token_ids]

@@ -58,8 +58,6 @@ class Engine:
         self._num_submitted = 0
         self._num_steps = 0
         self._num_finished = 0
-        self._stalled = False
-        """Nothing could be planned with nothing outstanding, and nothing has happened since."""
         self._late_events: list[Event] = []
         """Events of calls that return none; the next ``admit`` or ``commit`` does."""
 
@@ -96,7 +94,6 @@ class Engine:
         )
         self._sequences[submission.request_id] = sequence
         self._scheduler.add(sequence)
-        self._stalled = False
 
     def abort(self, request_id: str) -> bool:
         """End a sequence in any state, without an event. False if it is not here.
@@ -175,7 +172,6 @@ class Engine:
 
     def _go_on(self, sequence: Sequence, event: SequenceEvent, first_token: int | None) -> None:
         """Leave the states of a decode part that waits."""
-        self._stalled = False
         if first_token is not None:
             sequence.owes_prompt_logprobs = False  # prefill reported them with this token
             reason, stop_token_id = self._append(sequence, first_token)
@@ -204,9 +200,7 @@ class Engine:
         None where nothing can run now, or where as many plans are uncommitted as may be (two with
         ``async_scheduling``, else one).
         """
-        plan = self._scheduler.schedule()
-        self._stalled = plan is None and not self._scheduler.num_plans
-        return plan
+        return self._scheduler.schedule()
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
         """Take in what the runner computed for the oldest uncommitted plan.
@@ -220,7 +214,6 @@ class Engine:
                 f"step {plan.step} with {len(plan.rows)} rows"
             )
         planned = self._scheduler.retire(plan)
-        self._stalled = False
         self._num_steps += 1
         events = self._take_late_events()
         for row, outcome in zip(planned, result.rows, strict=True):
@@ -238,7 +231,6 @@ class Engine:
         another plan. A later plan must still be committed or failed.
         """
         planned = self._scheduler.retire(plan)
-        self._stalled = False
         dropped: list[str] = []
         for row in planned:
             if row.sequence.state is not _S.FINISHED:
@@ -337,7 +329,6 @@ class Engine:
 
     def _end(self, sequence: Sequence, event: SequenceEvent) -> None:
         del self._sequences[sequence.request_id]
-        self._stalled = False
         self._scheduler.move(sequence, event)
 
     def _take_late_events(self) -> list[Event]:
@@ -347,17 +338,6 @@ class Engine:
         return events
 
     # Accounts.
-
-    def has_work(self) -> bool:
-        """Whether ``schedule`` could return a plan, now or after a commit.
-
-        False also where all that is left waits for an event from outside: KV, a release, memory
-        that held sequences own.
-        """
-        if self._scheduler.num_plans:
-            return True
-        runnable = (_S.RUNNING, _S.READY, _S.WAITING)
-        return not self._stalled and any(self._scheduler.queue(state) for state in runnable)
 
     def load(self) -> InstanceLoad:
         """A snapshot. Cached blocks are those that nobody references; the rest are held."""

@@ -124,6 +124,7 @@ class InstanceCollector(Collector):
             ("baton_engine_tokens", "Tokens computed.", steps.num_tokens),
             ("baton_engine_execute_seconds", "Time in the runner.", steps.execute_s),
             ("baton_engine_host_seconds", "Time in schedule and commit.", steps.host_s),
+            ("baton_kv_pulled_blocks", "Blocks of KV pulled.", decode.num_pulled_blocks),
             ("baton_kv_pulled_bytes", "Bytes of KV pulled.", decode.num_pulled_bytes),
             ("baton_kv_pull_seconds", "Time in pulls.", decode.pull_s),
         ):

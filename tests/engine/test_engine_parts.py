@@ -30,7 +30,7 @@ def test_prefill_publishes_chunks_then_holds_until_released() -> None:
     assert ready.finish_reason is None
     assert bench.engine.state_of("a") is SequenceState.HELD
     assert bench.engine.load().num_held == 1
-    assert not bench.engine.has_work()
+    assert bench.engine.schedule(0.0) is None
     assert bench.num_held() == 3
     assert bench.engine.release("a")
     assert not bench.engine.release("a")
