@@ -15,12 +15,12 @@ from tests.house.files import PACKAGES, ROOT, package_files, parse, python_files
 
 # "type: ignore" comments per package. A ratchet: these numbers only go down.
 MAX_TYPE_IGNORES = {
-    "baton": 12,
+    "baton": 5,
     "protos": 0,
-    "kvpool": 2,
+    "kvpool": 0,
     "prefill_worker": 0,
     "decode_worker": 0,
-    "controller": 3,
+    "controller": 2,
 }
 
 
