@@ -57,7 +57,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of the model")
     add("--concurrency", type=int, nargs="+", default=[1, 4, 16])
-    add("--repetitions", type=int, default=3, help="of each; medians are reported")
+    add("--repetitions", type=int, default=5, help="of each; medians are reported")
     add("--waves", type=int, default=2, help="requests per repetition: so many times C, 4 at least")
     add("--input-len", type=int, default=256)
     add("--output-len", type=int, default=64)

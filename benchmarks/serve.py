@@ -17,7 +17,7 @@ most so many at a time: a closed loop, in which TTFT counts from the sending). A
 
     schema        "baton.benchmark.serve/1"
     command       the arguments; started_at: ISO 8601, UTC
-    machine       of the client: cpu, cores, memory_bytes, kernel, versions; with --machine also
+    machine       of the client: cpu, cores, memory_bytes, versions; with --machine also
                   copy_bytes_per_s and gemm_flop_per_s by number of threads
     workload      source, requests, offered_rate, prompt_tokens_mean, output_tokens_mean, seed
     requests      total, finished, failed, failures {kind: count}, examples {kind: text}

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from baton.cli.ports import answers, check_port, free_port
 from baton.cli.processes import RayProcesses
 from baton.core.config import ServeConfig
-from baton.core.errors import BatonError, ConfigError
+from baton.core.errors import ConfigError, NotFound
 from baton.engine.checkpoint import Checkpoint, open_checkpoint
 from baton.gateway.actor import gateway_actor_class
 from baton.gateway.settings import GatewaySettings
@@ -151,7 +151,7 @@ class ClusterRun:
     def _refuse_second_cluster(self) -> None:
         try:
             address = asyncio.run(find_controller(self.config.store, self.config.cluster))
-        except BatonError:
+        except NotFound:
             return
         if answers(address):
             raise ConfigError(

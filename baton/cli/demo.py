@@ -6,6 +6,8 @@ request: 0 if its tokens came, else non-zero with the reason.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +23,7 @@ from baton.cli.serve import Stopper, run_cluster
 from baton.cli.settings import load_settings
 from baton.client import BatonClient, generate_request
 from baton.client.admin import AdminClient
+from baton.core.config import ServeConfig
 from baton.core.errors import BatonError, Unavailable
 from baton.core.slo import Timing
 from protos.baton.v1 import cluster_pb2
@@ -35,7 +38,7 @@ console = make_console()
 
 def demo(
     once: Annotated[bool, typer.Option(help="exit after one request")] = False,
-    model: Annotated[Path, typer.Option(help="folder of the checkpoint")] = DEMO_MODEL,
+    model: Annotated[Path | None, typer.Option(help="folder of the checkpoint")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings")] = None,
     http_port: Annotated[int | None, typer.Option(help="0: any")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0: any")] = None,
@@ -46,7 +49,7 @@ def demo(
 ) -> None:
     """Run the demo cluster."""
     flags = {
-        "model": str(model),
+        "model": None if model is None else str(model),
         "http_port": http_port,
         "grpc_port": grpc_port,
         "prefill": prefill,
@@ -56,19 +59,20 @@ def demo(
     }
     started = time.monotonic()
 
-    def while_up(endpoints: Endpoints, stopper: Stopper) -> None:
-        with stopper.waiting():
-            send_request(endpoints)
-        console.print(f"[dim]from start to here: {time.monotonic() - started:.1f} s[/dim]")
-        if not once:
-            print_how_to_talk(
-                endpoints, load_settings(config, flags).served_model_name or model.name
-            )
-            show_status(endpoints, stopper)
+    def run() -> None:
+        settings = load_settings(config, flags, defaults={"model": str(DEMO_MODEL)})
 
-    with_clear_errors(
-        lambda: run_cluster(load_settings(config, flags), console=console, while_up=while_up)
-    )
+        def while_up(endpoints: Endpoints, stopper: Stopper) -> None:
+            with stopper.waiting():
+                send_request(endpoints)
+            console.print(f"[dim]from start to here: {time.monotonic() - started:.1f} s[/dim]")
+            if not once:
+                print_how_to_talk(endpoints, settings)
+                show_status(endpoints, stopper)
+
+        run_cluster(settings, console=console, while_up=while_up)
+
+    with_clear_errors(run)
 
 
 def send_request(endpoints: Endpoints) -> None:
@@ -117,8 +121,11 @@ def explain_when_known(admin: AdminClient, request_id: str) -> str:
     return f"prefill on {attempt.prefill_instance}, decode on {attempt.decode_instance}"
 
 
-def print_how_to_talk(endpoints: Endpoints, model: str) -> None:
-    """Three ways to send a request."""
+def print_how_to_talk(endpoints: Endpoints, settings: ServeConfig) -> None:
+    """Three ways to send a request, and the operator's command."""
+    model = settings.served_model_name or Path(settings.model).resolve().name
+    command = os.path.relpath(Path(sys.executable).with_name("baton"))
+    which = "" if settings.cluster == "default" else f" --cluster {settings.cluster}"
     text = f"""
 [bold]curl[/bold]
   curl -N http://{endpoints.http}/v1/completions -H 'content-type: application/json' \\
@@ -134,7 +141,8 @@ def print_how_to_talk(endpoints: Endpoints, model: str) -> None:
   grpcurl -plaintext -d '{{"text": "class Queue:", "sampling": {{"max_tokens": 32}}}}' \\
     {endpoints.grpc} baton.v1.Inference/Generate
 
-[bold]baton[/bold] status | role INSTANCE ROLE | drain INSTANCE | explain REQUEST_ID
+[bold]baton[/bold]
+  {command} status{which}       (also: role INSTANCE ROLE, drain INSTANCE, explain REQUEST_ID)
 
 Ctrl-C stops the cluster.
 """
@@ -142,7 +150,10 @@ Ctrl-C stops the cluster.
 
 
 def show_status(endpoints: Endpoints, stopper: Stopper) -> None:
-    """One live line until a signal."""
+    """One live line until a signal; without a terminal only the wait."""
+    if not console.is_terminal:
+        stopper.event.wait()
+        return
     with (
         AdminClient(endpoints.controller) as admin,
         Live(console=console, auto_refresh=False) as live,

@@ -23,12 +23,16 @@ SHORT_NAMES = {"dtype": "engine.dtype"}
 _ADAPTER: pydantic.TypeAdapter[ServeConfig] | None = None
 
 
-def load_settings(path: Path | None, flags: dict[str, Any]) -> ServeConfig:
-    """The file's settings, overridden by the flags that were given (not ``None``).
+def load_settings(
+    path: Path | None, flags: dict[str, Any], *, defaults: dict[str, Any] | None = None
+) -> ServeConfig:
+    """``defaults``, then the file's settings, then the flags that were given (not ``None``).
 
     Flags and file use the same names. Raises ConfigError.
     """
-    values = _read(path) if path is not None else {}
+    values = dict(defaults or {})
+    if path is not None:
+        values |= _read(path)
     values |= {name: value for name, value in flags.items() if value is not None}
     for short, full in SHORT_NAMES.items():
         if short in values:
@@ -96,6 +100,16 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
     values[leaf] = value
 
 
+def _names(name: str) -> list[str]:
+    """The settings that exist in the group in which ``name`` does not."""
+    group, _, _ = name.rpartition(".")
+    owner: Any = ServeConfig
+    for field in dataclasses.fields(ServeConfig):
+        if field.name == group:
+            owner = field.default_factory
+    return [field.name for field in dataclasses.fields(owner)]
+
+
 def _where(error: pydantic.ValidationError) -> str:
     return ".".join(str(part) for part in error.errors()[0]["loc"]) or "settings"
 
@@ -105,7 +119,8 @@ def _explain(error: pydantic.ValidationError, source: str) -> str:
     name, given = _where(error), first.get("input")
     kind = first["type"]
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        return f"{source}: unknown setting {name} (value {given!r}); see docs/settings.md"
+        known = ", ".join(_names(name))
+        return f"{source}: unknown setting {name} (value {given!r}); expected one of {known}"
     if kind == "value_error":
         # A rule over several settings; the message names them.
         place = "" if name == "settings" else f"{name}: "

@@ -7,6 +7,8 @@ parses and refuses; this file only says what exists and which combinations make 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
@@ -142,6 +144,20 @@ class ServeConfig:
         for name in ("http_port", "grpc_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{name} must be between 0 and 65535, got {getattr(self, name)}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", self.cluster):
+            raise ValueError(
+                "cluster must be 1 to 63 letters, digits, '_', '.' or '-', and begin with a letter "
+                f"or digit, got {self.cluster!r}"
+            )
+        for name in ("model", "host", "served_model_name", "address"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must not be empty")
+        for role, needs in self.resources.items():
+            for resource, amount in needs.items():
+                if not (amount > 0 and math.isfinite(amount)):
+                    raise ValueError(
+                        f"resources.{role}.{resource} must be positive and finite, got {amount}"
+                    )
         unknown = set(self.resources) - {"prefill", "decode", "mixed"}
         if unknown:
             raise ValueError(f"resources knows prefill, decode and mixed, not {sorted(unknown)}")
@@ -149,5 +165,6 @@ class ServeConfig:
 
 def _positive(config: object, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite, got {value}")

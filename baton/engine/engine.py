@@ -251,7 +251,8 @@ class Engine:
         sequence.num_in_flight -= step.sample
         self._register_blocks(sequence)
         if outcome.token_id is None or not step.sample:
-            if sequence.part is Part.PREFILL:
+            # One preempted meanwhile gives its blocks back now: there is nothing to publish.
+            if sequence.part is Part.PREFILL and sequence.state is not _S.PREEMPTED:
                 events.append(self._progress(sequence, final=False))
             return
         index = len(sequence.token_ids) - sequence.num_prompt_tokens

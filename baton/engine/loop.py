@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 5.0
 
 
+_MAX_FAILURES_IN_A_ROW = 5
+"""Then the runner is broken, not a step: the instance must start anew."""
+
+
 @dataclasses.dataclass(slots=True)
 class StepCounters:
     """Totals since the start, for metrics."""
@@ -73,6 +77,7 @@ class EngineLoop:
         self._max_in_flight = max_in_flight
         self._wake = asyncio.Event()
         self._stopping = False
+        self._failures_in_a_row = 0
         self._running: asyncio.Task[None] | None = None
         self._in_flight: collections.deque[tuple[StepPlan, asyncio.Future[StepResult]]]
         self._in_flight = collections.deque()
@@ -84,7 +89,7 @@ class EngineLoop:
         self._wake.set()
 
     async def run(self) -> None:
-        """Step until :meth:`stop`; the runner's failures are reported, never raised."""
+        """Step until :meth:`stop`. Failed steps are reported; raises after several in a row."""
         self._running = asyncio.current_task()
         while not self._stopping:
             self._wake.clear()
@@ -128,8 +133,15 @@ class EngineLoop:
                 self.counters.num_failed_steps += 1
                 logger.error("step %d failed", plan.step, exc_info=error)
                 self._on_failed(self._engine.fail_plan(plan), error)
+                self._failures_in_a_row += 1
+                if self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
+                    # Idle, because it fails fast, it would draw ever more requests.
+                    raise RuntimeError(
+                        f"{self._failures_in_a_row} steps failed in a row"
+                    ) from error
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        self._failures_in_a_row = 0
         started = self._clock.now()
         events = self._engine.commit(plan, result, started)
         counters = self.counters

@@ -3,7 +3,8 @@
 Per row: penalties, temperature, top-k, top-p, min-p, renormalise, then inverse CDF in token-id
 order at the row's uniform. Each filter keeps all tokens at or above some value, so the three of
 them together are one threshold per row, tokens tied with the last one kept are kept too, and the
-result does not depend on how a sort orders equals. Float32 throughout; any torch device.
+result does not depend on how a sort orders equals. Filters are float32; the draw is float64 where
+the device has it. Any torch device.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Int64s = npt.NDArray[np.int64]
 
 _CANDIDATES = 256
 """How many best tokens are sorted before a top-p row is found to need all of them."""
+_LARGE = 1e30
+"""Beyond any logit, and far from where float32 ends."""
 _MIN_TEMPERATURE = 1e-6
 
 
@@ -54,7 +57,10 @@ def apply_penalties(
     in_output = counts_BV > 0
     repeated = torch.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
     logits_BV = torch.where(in_output | prompt_seen_BV, repeated, logits_BV)
-    return logits_BV - frequency * counts_BV - presence * in_output
+    penalized = logits_BV - frequency * counts_BV - presence * in_output
+    # A penalty next to 0 overflows. One request's odd parameter must not make NaN of its row: the
+    # step, and with it everybody's token, would fail.
+    return penalized.nan_to_num_(nan=0.0, posinf=_LARGE, neginf=-_LARGE)
 
 
 def choose(logits_BV: Tensor, columns: SamplingColumns, uniforms_B: Float64s) -> Tensor:
@@ -87,6 +93,7 @@ def _draw(logits_BV: Tensor, columns: SamplingColumns, uniforms_B: Float64s) -> 
     # u may round up to 1 (float32), and u * total to total. The first token to reach the total
     # is the last that has any mass.
     tokens = torch.minimum(tokens, torch.searchsorted(cdf, total))
+    tokens = tokens.clamp_(max=cdf.shape[1] - 1)  # of a row of NaN the search finds nothing
     # A device's parallel scan need not be monotone: the last word is the probability itself.
     possible = probs.gather(1, tokens) > 0
     return torch.where(possible, tokens, probs.argmax(-1, keepdim=True)).squeeze(1)

@@ -182,12 +182,16 @@ def _batches(rows: Sequence[SequenceStep], block_size: int) -> list[tuple[int, i
 
 
 def _pages(rows: Sequence[SequenceStep], layout: KVLayout) -> Int64s:
-    """[2, B, blocks]: layer 0's pages of the rows' contexts; short tables repeat block 0."""
+    """[2, B, blocks]: layer 0's pages of the rows' contexts.
+
+    Short tables repeat the row's own first block: another may just be written by a transfer.
+    """
     width = -(-max(row.start + row.num_tokens for row in rows) // layout.block_size)
-    tables = np.zeros((len(rows), width), dtype=np.int64)
+    tables = np.empty((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         used = -(-(row.start + row.num_tokens) // layout.block_size)
         tables[i, :used] = row.block_table[:used]
+        tables[i, used:] = row.block_table[0]
     keys = tables * (layout.num_layers * 2)
     return np.stack((keys, keys + 1))
 

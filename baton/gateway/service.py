@@ -178,7 +178,8 @@ class InferenceService:
         prompt = request.prompts[choice // request.n]
         sampling = dataclasses.replace(request.sampling, seed=seed, max_tokens=prompt.max_tokens)
         journal = Journal(
-            f"{request.request_id}-{choice}",
+            # Unlike what the client calls it, never used twice: instances remember what is over.
+            f"{request.request_id}-{secrets.token_hex(4)}-{choice}",
             prompt.token_ids,
             sampling,
             choice=choice % request.n,

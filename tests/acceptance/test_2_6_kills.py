@@ -32,6 +32,10 @@ def test_kill_each(shape: str) -> None:
     for reply in load.failed:
         assert reply.error is not None
         assert reply.error["code"] in {"unavailable", "instance_lost"}, reply.error
+        assert reply.retryable in (True, None), reply.error
+    if shape == "2P2D":
+        assert not load.failed, "another instance of each role was there to go on"
+    assert len(load.replies) - len(load.failed) >= 16
     ties = load.check_tokens(prompts, num_tokens=128)
     print(
         f"{shape}: {len(load.replies)} requests, {len(load.failed)} ended with a retryable error, "

@@ -54,7 +54,7 @@ def test_the_file_knows_the_flags_by_their_names(tmp_path: Path) -> None:
 
 
 BAD = [
-    ({"modle": "x"}, ["modle", "'x'"]),
+    ({"modle": "x"}, ["modle", "'x'", "expected one of", "model"]),
     ({"prefill": "two"}, ["prefill", "'two'", "integer"]),
     ({"prefill": True}, ["prefill", "True", "integer"]),
     ({"prefill": 1.5}, ["prefill", "1.5", "integer"]),
@@ -63,7 +63,7 @@ BAD = [
     ({"http_port": 99999}, ["http_port", "99999", "65535"]),
     ({"store": "etcd://x"}, ["store", "etcd://x", "redis"]),
     ({"engine": {"dtype": "int4"}}, ["engine.dtype", "'int4'", "float32"]),
-    ({"engine": {"blocks": 1}}, ["engine.blocks", "1"]),
+    ({"engine": {"blocks": 1}}, ["engine.blocks", "1", "expected one of", "num_blocks"]),
     ({"engine": {"block_size": 0}}, ["engine", "block_size", "0"]),
     ({"engine": 7}, ["engine", "7"]),
     (
@@ -74,6 +74,13 @@ BAD = [
     ({"gateway": {"max_replays": "many"}}, ["gateway.max_replays", "'many'"]),
     ({"handoff": {"transport": "pigeon"}}, ["handoff.transport", "'pigeon'", "shm"]),
     ({"resources": {"cook": {"a": 1}}}, ["resources", "cook"]),
+    ({"resources": {"prefill": {"x": -1}}}, ["resources.prefill.x", "-1"]),
+    ({"handoff": {"pull_timeout_s": float("inf")}}, ["handoff", "pull_timeout_s", "inf"]),
+    ({"handoff": {"lease_s": float("nan")}}, ["handoff", "lease_s", "nan"]),
+    ({"cluster": "a/b c"}, ["cluster", "'a/b c'", "letters"]),
+    ({"cluster": ""}, ["cluster", "''"]),
+    ({"served_model_name": ""}, ["served_model_name", "empty"]),
+    ({"host": ""}, ["host", "empty"]),
 ]
 
 

@@ -254,6 +254,8 @@ class Reply:
     text: str = ""
     finish_reason: str | None = None
     error: dict[str, Any] | None = None
+    retryable: bool | None = None
+    """What ``x-should-retry`` said of a refused request."""
     status: int = 0
     request_id: str = ""
     first_s: float = 0.0
@@ -282,6 +284,8 @@ async def complete(client: httpx.AsyncClient, request: dict[str, Any]) -> Reply:
         reply.request_id = response.headers.get("x-request-id", "")
         if response.status_code != 200:
             reply.error = json.loads(await response.aread())["error"]
+            reply.retryable = response.headers.get("x-should-retry") == "true"
+            reply.seconds = reply.longest_gap_s = time.monotonic() - started
             return reply
         async for event in sse(response):
             now = time.monotonic()
@@ -296,7 +300,9 @@ async def complete(client: httpx.AsyncClient, request: dict[str, Any]) -> Reply:
                     reply.token_ids += choice["token_ids"]
                 reply.text += choice.get("text") or ""
                 reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
-    reply.seconds = time.monotonic() - started
+    now = time.monotonic()
+    reply.longest_gap_s = max(reply.longest_gap_s, now - last)
+    reply.seconds = now - started
     return reply
 
 

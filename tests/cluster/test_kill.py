@@ -22,6 +22,7 @@ def test_killed_instances_cost_nobody_more_than_a_moment(two_pairs: Cluster) -> 
         assert reply.longest_gap_s < MAX_SILENCE_S
         if reply.error is not None:
             assert reply.error["code"] in {"unavailable", "instance_lost"}, reply.error
+            assert reply.retryable in (True, None), reply.error
     finished = [reply for _, reply in load.replies if reply.error is None]
     assert len(finished) > len(load.replies) * 0.9, (len(finished), len(load.replies))
     load.check_tokens(prompts, num_tokens=96)

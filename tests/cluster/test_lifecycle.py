@@ -87,11 +87,9 @@ def test_drain_under_load(two_pairs: Cluster) -> None:
         placed = []
         async with streaming_load(two_pairs, prompts, num_tokens=48, concurrency=12) as load:
             with AdminClient(two_pairs.controller) as admin:
-                reply = await asyncio.to_thread(
-                    admin.drain, "decode-1", wait=True, timeout_s=30.0, undo=False
-                )
-                assert reply.drained
-                assert reply.num_open == 0
+                drained = await asyncio.to_thread(two_pairs.command, "drain", "decode-1")
+                assert drained.returncode == 0, drained.stderr
+                assert drained.stdout == "decode-1: drained\n"
                 seen = len(load.replies)
                 while len(load.replies) < seen + 24:
                     await asyncio.sleep(0.05)
@@ -99,10 +97,16 @@ def test_drain_under_load(two_pairs: Cluster) -> None:
                     placed.append(admin.explain(later.request_id).attempts[-1].decode_instance)
                 states = {i.instance_id: i.state for i in admin.status().instances}
                 assert states["decode-1"] == "drained"
-                back = await asyncio.to_thread(
-                    admin.drain, "decode-1", wait=False, timeout_s=5.0, undo=True
+                back = await asyncio.to_thread(two_pairs.command, "drain", "decode-1", "--undo")
+                assert back.stdout == "decode-1: back in service\n", back.stderr
+                # A drain that does not wait, or not long enough, says what is still open.
+                hasty = await asyncio.to_thread(
+                    two_pairs.command, "drain", "decode-0", "--timeout", "0.01"
                 )
-                assert not back.drained
+                assert hasty.returncode == 1, hasty.stdout
+                assert "still open" in hasty.stdout
+                again = await asyncio.to_thread(two_pairs.command, "drain", "decode-0", "--undo")
+                assert again.returncode == 0, again.stderr
         assert not load.failed, load.failed[0].error
         load.check_tokens(prompts, num_tokens=48)
         return placed
@@ -116,21 +120,22 @@ def test_drain_under_load(two_pairs: Cluster) -> None:
 def test_explain_under_load(two_pairs: Cluster) -> None:
     prompts = oracle.prompts(16, longest=300)
 
-    async def run() -> str:
+    request_id = "look-at-me"
+
+    async def run() -> subprocess.CompletedProcess[str]:
         async with (
             streaming_load(two_pairs, prompts, num_tokens=48, concurrency=8),
             http_client(two_pairs) as client,
         ):
             request = body(oracle.corpus()[100:300], max_tokens=20)
             async with client.stream(
-                "POST", "/v1/completions", json=request, headers={"x-request-id": "look-at-me"}
+                "POST", "/v1/completions", json=request, headers={"x-request-id": request_id}
             ) as response:
-                assert response.headers["x-request-id"] == "look-at-me"
+                assert response.headers["x-request-id"] == request_id
                 await response.aread()
-        return "look-at-me"
+            return await asyncio.to_thread(two_pairs.command, "explain", request_id, "--json")
 
-    request_id = asyncio.run(run())
-    result = two_pairs.command("explain", request_id, "--json")
+    result = asyncio.run(run())
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["outcome"] == "length"

@@ -194,10 +194,26 @@ async def test_a_step_that_raises_loses_its_requests_only() -> None:
 async def test_every_step_raises() -> None:
     async with running(Bench()) as bench:
         bench.runner.fails = set(range(100))
-        for name in "abcdef":
+        for name in "abc":
             bench.submit(name)
         await bench.ended()
-        assert sorted(name for names, _ in bench.failed for name in names) == list("abcdef")
+        assert sorted(name for names, _ in bench.failed for name in names) == list("abc")
+
+
+async def test_a_runner_that_only_raises_ends_the_loop() -> None:
+    """The instance is its owner's to restart; one that fails fast would draw all the load."""
+    bench = Bench()
+    bench.runner.fails = set(range(100))
+    task = asyncio.create_task(bench.loop.run())
+    for number in range(20):
+        if task.done():
+            break
+        bench.submit(f"r{number}")
+        await asyncio.wait([task], timeout=0.1)
+    with pytest.raises(RuntimeError, match="in a row"):
+        await asyncio.wait_for(task, WAIT_S)
+    await bench.loop.stop()
+    assert bench.loop.counters.num_failed_steps == 5
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from baton.core.philox import uniforms
 from baton.core.request import SamplingParams
 from baton.engine.plan import SlotBegin
-from baton.engine.sampler import choose, sample, token_logprobs
+from baton.engine.sampler import apply_penalties, choose, sample, token_logprobs
 from baton.engine.slot_state import SamplingColumns, SlotState
 
 CPU = torch.device("cpu")
@@ -151,6 +151,28 @@ def draw_one(logits: list[float], uniform: float, **params: Any) -> int:
 
 
 INF = float("inf")
+
+
+@pytest.mark.parametrize("penalty", [1e-46, 1e-39, 1e-10])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_absurd_penalty_does_not_fail_the_step(penalty: float, temperature: float) -> None:
+    """It used to make NaN of its row, and an index out of bounds of everybody's step."""
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=penalty, frequency_penalty=2.0, top_p=0.9
+    )
+    columns = SamplingColumns.of([params], 8)
+    logits = torch.tensor([[3.0, -2.0, 0.0, 1.0, -INF, 5.0, 2.0, 1.0]])
+    counts = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    penalized = apply_penalties(logits, counts, counts > 0, columns)
+    assert bool(torch.isfinite(penalized).all())
+    token = choose(penalized, columns, np.array([0.5]))
+    assert 0 <= int(token[0]) < 8
+
+
+def test_a_row_of_nan_does_not_fail_the_others() -> None:
+    columns = SamplingColumns.of([SamplingParams(), SamplingParams()], 4)
+    logits = torch.tensor([[float("nan")] * 4, [0.0, 50.0, 0.0, 0.0]])
+    assert int(choose(logits, columns, np.array([0.5, 0.5]))[1]) == 1
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 1e-7, 1 - 2.0**-53])

@@ -109,6 +109,7 @@ TABLE: list[tuple[str, Any, int, str | None, str]] = [
     (C, {"top_p": 0}, 400, "top_p", INVALID),
     (C, {"top_p": 1.1}, 400, "top_p", INVALID),
     (C, {"top_k": -2}, 400, "top_k", INVALID),
+    (C, {"top_k": 2**40}, 400, "top_k", INVALID),
     (C, {"min_p": 2}, 400, "min_p", INVALID),
     (C, {"repetition_penalty": 0}, 400, "repetition_penalty", INVALID),
     (C, {"presence_penalty": 3}, 400, "presence_penalty", INVALID),

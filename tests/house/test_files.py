@@ -23,8 +23,6 @@ _HOSTS = [
     "registry.npm" + "js.org",
     "deb." + "debian.org",
     "archive." + "ubuntu.com",
-    "mirrors." + "aliyun.com",
-    "pypi.tuna." + "tsinghua",
     "download." + "pytorch.org",
 ]
 FORBIDDEN = {
