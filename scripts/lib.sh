@@ -28,7 +28,9 @@ step() {
     log=$(mktemp)
     printf -- '--> %s ...\n' "$text"
     (
-      while sleep 15 >/dev/null 2>&1; do
+      # Waits without a child process, which would outlive this shell by up to 15 s.
+      exec {never}<> <(:)
+      while ! read -r -t 15 -u "$never"; do
         printf '    %3d s: %s\n' $((SECONDS - start)) "$(tail -n 1 "$log" | cut -c 1-100)"
       done
     ) &
