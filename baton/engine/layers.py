@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baton.engine.linear import Linear
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale the last dim to unit mean square, then by ``weight`` (any shape that broadcasts)."""
@@ -55,14 +57,19 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 class Mlp:
     """SwiGLU."""
 
-    gate_up: Tensor
-    """[2 * I, H], gate before up."""
-    down: Tensor
-    """[H, I]"""
+    gate_up: Linear
+    """hidden → 2 * I, gate before up."""
+    down: Linear
+    """I → hidden"""
 
-    def __call__(self, x_TH: Tensor) -> Tensor:
+    @property
+    def row_quantum(self) -> int:
+        """Of the step's tokens; see ``Linear``."""
+        return max(self.gate_up.row_quantum, self.down.row_quantum)
+
+    def __call__(self, x_TH: Tensor, num_tokens: int) -> Tensor:
         """[T, H] → [T, H]."""
-        return F.linear(_silu_mul(F.linear(x_TH, self.gate_up)), self.down)
+        return self.down(_silu_mul(self.gate_up(x_TH)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,38 +81,46 @@ class Experts:
     chosen weights, from one token up.
     """
 
-    router: Tensor
-    """[E, H]"""
-    gate_up: Tensor
-    """[E, 2 * I, H]"""
-    down: Tensor
-    """[E, I, H]: transposed, the faster way round for few tokens."""
+    router: Linear
+    gate_up: tuple[Linear, ...]
+    """Per expert: hidden → 2 * I."""
+    down: tuple[Linear, ...]
+    """Per expert: I → hidden."""
     top_k: int
     renormalise: bool
 
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        """[T, H] → [T, H]."""
+    def __call__(self, x_TH: Tensor, num_tokens: int) -> Tensor:
+        """[T, H] → [T, H]; tokens from ``num_tokens`` on are padding and visit no expert."""
         weights_TK, experts_TK = self.route(x_TH)
-        chosen_N = experts_TK.view(-1)
+        chosen_N = experts_TK[:num_tokens].reshape(-1)
         order_N = chosen_N.argsort(stable=True)
-        counts = chosen_N.bincount(minlength=len(self.router)).tolist()
-        sorted_NH = x_TH.index_select(0, order_N // self.top_k)
+        counts = chosen_N.bincount(minlength=len(self.gate_up)).tolist()
+        quantum = max(self.gate_up[0].row_quantum, self.down[0].row_quantum)
+        # Each slice is rounded up to whole quanta: it computes some of its neighbours' rows too,
+        # and the last one some rows of token 0.
+        sorted_NH = x_TH.index_select(0, F.pad(order_N, (0, quantum)) // self.top_k)
         parts = []
         begin = 0
         for expert, count in enumerate(counts):
             if count:
-                x = sorted_NH[begin : begin + count]
-                inner = _silu_mul(F.linear(x, self.gate_up[expert]))
-                parts.append(inner @ self.down[expert])
+                x = sorted_NH[begin : begin + -(-count // quantum) * quantum]
+                out = self.down[expert](_silu_mul(self.gate_up[expert](x)))
+                parts.append(out[:count])
                 begin += count
         # Back to token order, so that a token's sum does not depend on the rest of the step.
-        out_NH = torch.empty_like(sorted_NH).index_copy_(0, order_N, torch.cat(parts))
+        out_NH = x_TH.new_zeros(len(x_TH) * self.top_k, x_TH.shape[1])
+        out_NH.index_copy_(0, order_N, torch.cat(parts))
         out_TKH = out_NH.view(-1, self.top_k, x_TH.shape[-1])
         return (out_TKH * weights_TK.unsqueeze(-1)).sum(1)
 
+    @property
+    def row_quantum(self) -> int:
+        """Of the step's tokens; the experts' own products are padded here."""
+        return self.router.row_quantum
+
     def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and numbers of each token's experts, both [T, K], best first."""
-        probs_TE = torch.softmax(F.linear(x_TH, self.router), -1, dtype=torch.float32)
+        probs_TE = torch.softmax(self.router(x_TH), -1, dtype=torch.float32)
         weights_TK, experts_TK = probs_TE.topk(self.top_k, -1)
         if self.renormalise:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """From safetensors files to a model in memory.
 
 Files are memory-mapped and every tensor is copied (and cast) once, straight into its place in the
-fused parameter: the peak is one model, not two.
+fused parameter, which is then laid out for the device: the peak is one model and one parameter.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from baton.engine.checkpoint import Checkpoint
 from baton.engine.layers import Experts, Mlp, RotaryTable
+from baton.engine.linear import Linear, make_linear
 from baton.engine.models.config import MoeConfig
 from baton.engine.models.qwen3 import Attention, Layer, Qwen3
 from baton.engine.models.tensors import (
     EMBED,
     FINAL_NORM,
     LM_HEAD,
-    Shape,
     expected_tensors,
     expert_prefix,
     layer_prefix,
@@ -42,7 +42,9 @@ def load_model(
             embedding=embedding,
             layers=tuple(_layer(source, number) for number in range(config.num_layers)),
             final_norm=source.load(FINAL_NORM),
-            lm_head=embedding if config.tie_word_embeddings else source.load(LM_HEAD),
+            lm_head=make_linear(embedding)
+            if config.tie_word_embeddings
+            else source.linear(LM_HEAD),
             rotary=RotaryTable(config.head_dim, config.rope_theta, max_len, device, dtype),
         )
 
@@ -65,27 +67,24 @@ class _Source(contextlib.AbstractContextManager["_Source"]):
 
     def load(self, name: str) -> Tensor:
         """One tensor as it is."""
-        return self.fill(self.shapes[name], [(..., name)])
+        return self.concat([name])
+
+    def linear(self, *names: str, bias: bool = False) -> Linear:
+        """One product with the named weights below each other; ``bias``: their biases too."""
+        biases = [name.removesuffix("weight") + "bias" for name in names]
+        return make_linear(self.concat(names), self.concat(biases) if bias else None)
 
     def concat(self, names: Iterable[str]) -> Tensor:
         """Tensors below each other along dim 0."""
         names = tuple(names)
         total = sum(self.shapes[name][0] for name in names)
-        places = []
+        shape = (total, *self.shapes[names[0]][1:])
+        parameter = torch.empty(shape, dtype=self._dtype, device=self._device)
         begin = 0
         for name in names:
-            places.append((slice(begin, begin + self.shapes[name][0]), name))
-            begin += self.shapes[name][0]
-        return self.fill((total, *self.shapes[names[0]][1:]), places)
-
-    def fill(
-        self, shape: Shape, places: Iterable[tuple[Any, str]], *, transpose: bool = False
-    ) -> Tensor:
-        """A parameter of ``shape`` with each named tensor copied to its place (an index)."""
-        parameter = torch.empty(shape, dtype=self._dtype, device=self._device)
-        for place, name in places:
-            tensor = self._read(name)
-            parameter[place].copy_(tensor.t() if transpose else tensor)
+            end = begin + self.shapes[name][0]
+            parameter[begin:end].copy_(self._read(name))
+            begin = end
         return parameter
 
     def _read(self, name: str) -> Tensor:
@@ -103,8 +102,7 @@ def _layer(source: _Source, number: int) -> Layer:
     if moe is not None and source.config.is_moe_layer(number):
         mlp: Mlp | Experts = _experts(source, number, moe)
     else:
-        names = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]
-        mlp = Mlp(source.concat(names), source.load(prefix + "mlp.down_proj.weight"))
+        mlp = Mlp(*_swiglu(source, prefix + "mlp."))
     return Layer(
         input_norm=source.load(prefix + "input_layernorm.weight"),
         attention=_attention(source, prefix + "self_attn."),
@@ -115,40 +113,30 @@ def _layer(source: _Source, number: int) -> Layer:
 
 def _attention(source: _Source, prefix: str) -> Attention:
     config = source.config
-    projections = [f"{prefix}{part}_proj" for part in "qkv"]
-    bias = config.attention_bias
     norms = (
         source.load(prefix + "q_norm.weight").expand(config.num_heads, -1),
         source.load(prefix + "k_norm.weight").expand(config.num_kv_heads, -1),
     )
+    bias = config.attention_bias
     return Attention(
-        qkv=source.concat(f"{name}.weight" for name in projections),
-        qkv_bias=source.concat(f"{name}.bias" for name in projections) if bias else None,
+        qkv=source.linear(*(f"{prefix}{part}_proj.weight" for part in "qkv"), bias=bias),
         qk_norm=torch.cat(norms),
-        output=source.load(prefix + "o_proj.weight"),
-        output_bias=source.load(prefix + "o_proj.bias") if bias else None,
+        output=source.linear(prefix + "o_proj.weight", bias=bias),
     )
 
 
 def _experts(source: _Source, number: int, moe: MoeConfig) -> Experts:
-    hidden, inner = source.config.hidden_size, moe.intermediate_size
-    experts = range(moe.num_experts)
-    halves = (("gate", slice(0, inner)), ("up", slice(inner, 2 * inner)))
+    experts = [_swiglu(source, expert_prefix(number, expert)) for expert in range(moe.num_experts)]
     return Experts(
-        router=source.load(layer_prefix(number) + "mlp.gate.weight"),
-        gate_up=source.fill(
-            (moe.num_experts, 2 * inner, hidden),
-            (
-                ((expert, rows), f"{expert_prefix(number, expert)}{part}_proj.weight")
-                for expert in experts
-                for part, rows in halves
-            ),
-        ),
-        down=source.fill(
-            (moe.num_experts, inner, hidden),
-            ((expert, f"{expert_prefix(number, expert)}down_proj.weight") for expert in experts),
-            transpose=True,
-        ),
+        router=source.linear(layer_prefix(number) + "mlp.gate.weight"),
+        gate_up=tuple(gate_up for gate_up, _ in experts),
+        down=tuple(down for _, down in experts),
         top_k=moe.num_experts_per_tok,
         renormalise=moe.norm_topk_prob,
     )
+
+
+def _swiglu(source: _Source, prefix: str) -> tuple[Linear, Linear]:
+    """The gate-and-up product and the down product."""
+    gate_up = source.linear(prefix + "gate_proj.weight", prefix + "up_proj.weight")
+    return gate_up, source.linear(prefix + "down_proj.weight")

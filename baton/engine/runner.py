@@ -50,6 +50,7 @@ class InlineRunner:
         self._model = load_model(
             checkpoint, dtype=self._dtype, device=self._device, max_len=self._max_len
         )
+        self._row_quantum = self._model.row_quantum
         self._state = self._new_state()
 
     @property
@@ -92,7 +93,12 @@ class InlineRunner:
         for begin in plan.begins:
             state.begin(begin)
         inputs = build_inputs(
-            plan.rows, self._layout, state.last_token, device=self._device, dtype=self._dtype
+            plan.rows,
+            self._layout,
+            state.last_token,
+            device=self._device,
+            dtype=self._dtype,
+            row_quantum=self._row_quantum,
         )
         hidden_TH = self._model.forward(inputs, cache)
         sampled = [i for i, row in enumerate(plan.rows) if row.sample]

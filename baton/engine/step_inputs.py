@@ -2,6 +2,9 @@
 
 Tokens are reordered: rows of one token first, longest context first, then the longer rows. So
 decode rows are neighbours that attend in a few padded batches, and each chunk is a slice.
+
+A token's numbers must not depend on its batch or its chunk (see ``linear``): tokens are padded to
+the model's row quantum, keys and queries of attention to their own.
 Dim letters here and in the layers: T tokens of the step, L layers, B rows of a batch, S context,
 D head dim, N a flat count.
 """
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.plan import SequenceStep
@@ -26,6 +30,10 @@ SPLIT_TOKENS = 1024
 """A batch of decode rows is split where that saves so many tokens of padding."""
 QUERY_TILE = 128
 """Chunk queries attend in tiles, so that early ones skip the keys that come after them."""
+QUERY_QUANTUM = 4
+"""Attention of fewer queries than this takes another kernel, with another order of summation."""
+KEY_QUANTUM = 16
+"""Keys beyond a multiple of the vector width are summed apart; masked ones in it add zero."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,8 +43,9 @@ class Tile:
     begin: int
     end: int
     context: int
+    """Keys, padding included."""
     mask_TS: Tensor
-    """0 or -inf, [end - begin, context]."""
+    """0 or -inf, [queries, context]: the queries of begin to end and padding."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,8 +58,8 @@ class Segment:
     """Pages of the rows' blocks per layer, keys of all rows before their values."""
     context: int
     """Keys per row, padding included."""
-    mask_B11S: Tensor | None
-    """Decode only; ``None`` where no row is padded."""
+    mask_B11S: Tensor | None = None
+    """Decode only."""
     tiles: tuple[Tile, ...] = ()
     """Chunks only."""
 
@@ -59,10 +68,12 @@ class Segment:
 class StepInputs:
     """What the model needs to know about one step."""
 
+    num_tokens: int
+    """Without padding, which fills T up to a multiple of the row quantum."""
     token_ids_T: Tensor
     positions_T: Tensor
     rows_LT2: Tensor
-    """Where each layer writes each token's key and value."""
+    """Where each layer writes each token's key and value; padding has none."""
     segments: tuple[Segment, ...]
     first_tokens: tuple[int, ...]
     """Per plan row: index of its first token in T; its tokens are neighbours."""
@@ -75,6 +86,7 @@ def build_inputs(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    row_quantum: int = 1,
 ) -> StepInputs:
     """Lay out a step. ``dtype`` is the model's, which attention masks share."""
     order = sorted(
@@ -91,10 +103,12 @@ def build_inputs(
         first_tokens[i] = int(begins[place])
 
     upload = _Upload()
-    upload.add(_token_ids(ordered))
+    num_tokens = int(ends[-1])
+    padding = (0, -num_tokens % row_quantum)
+    upload.add(np.pad(_token_ids(ordered), padding))
     starts = np.fromiter((row.start for row in ordered), np.int64, len(ordered))
-    positions = np.repeat(starts - begins, counts) + np.arange(ends[-1])
-    upload.add(positions)
+    positions = np.repeat(starts - begins, counts) + np.arange(num_tokens)
+    upload.add(np.pad(positions, padding))
     upload.add(_written_rows(ordered, counts, positions, layout))
     late = [i for i, row in enumerate(ordered) if row.token_ids is None]
     upload.add(begins[late])
@@ -113,19 +127,24 @@ def build_inputs(
     for (begin, end), pages_N in zip(batches, pages, strict=True):
         pages_LN = pages_N.unsqueeze(0) + layers_L1
         if end <= num_single:
-            context = ordered[begin].start + 1
-            segment = Segment(int(begins[begin]), int(ends[end - 1]), pages_LN, context, None)
-            if ordered[end - 1].start != ordered[begin].start:
-                own = device_positions[segment.begin : segment.end]
-                mask = _mask(own, context, dtype).view(end - begin, 1, 1, context)
-                segment = dataclasses.replace(segment, mask_B11S=mask)
+            context = _padded(ordered[begin].start + 1, KEY_QUANTUM)
+            own = device_positions[int(begins[begin]) : int(ends[end - 1])]
+            mask = _mask(own, context, dtype).view(end - begin, 1, 1, context)
+            segment = Segment(int(begins[begin]), int(ends[end - 1]), pages_LN, context, mask)
         else:
             row, first = ordered[begin], int(begins[begin])
             tiles = _tiles(row, first, device_positions, dtype)
-            context = row.start + row.num_tokens
-            segment = Segment(first, first + row.num_tokens, pages_LN, context, None, tiles)
+            context = tiles[-1].context
+            segment = Segment(first, first + row.num_tokens, pages_LN, context, tiles=tiles)
         segments.append(segment)
-    return StepInputs(token_ids, device_positions, rows_LT2, tuple(segments), tuple(first_tokens))
+    return StepInputs(
+        num_tokens,
+        token_ids,
+        device_positions,
+        rows_LT2,
+        tuple(segments),
+        tuple(first_tokens),
+    )
 
 
 class _Upload:
@@ -186,7 +205,8 @@ def _pages(rows: Sequence[SequenceStep], layout: KVLayout) -> Int64s:
 
     Short tables repeat the row's own first block: another may just be written by a transfer.
     """
-    width = -(-max(row.start + row.num_tokens for row in rows) // layout.block_size)
+    longest = max(row.start + row.num_tokens for row in rows)
+    width = -(-_padded(longest, KEY_QUANTUM) // layout.block_size)
     tables = np.empty((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         used = -(-(row.start + row.num_tokens) // layout.block_size)
@@ -202,10 +222,15 @@ def _tiles(
     tiles = []
     for begin in range(0, row.num_tokens, QUERY_TILE):
         end = min(begin + QUERY_TILE, row.num_tokens)
-        context = row.start + end
+        context = _padded(row.start + end, KEY_QUANTUM)
         mask = _mask(positions_T[first + begin : first + end], context, dtype)
+        mask = F.pad(mask, (0, 0, 0, -(end - begin) % QUERY_QUANTUM))
         tiles.append(Tile(first + begin, first + end, context, mask))
     return tuple(tiles)
+
+
+def _padded(count: int, quantum: int) -> int:
+    return -(-count // quantum) * quantum
 
 
 def _mask(positions_T: Tensor, context: int, dtype: torch.dtype) -> Tensor:

@@ -108,9 +108,14 @@ def check_greedy(prompt: Sequence[int], output: Sequence[int]) -> list[str]:
 
 
 def check_sampled(
-    prompt: Sequence[int], output: Sequence[int], *, seed: int, temperature: float, top_k: int
+    prompt: Sequence[int],
+    output: Sequence[int],
+    *,
+    seed: int,
+    temperature: float,
+    top_k: int | None,
 ) -> list[str]:
-    """The same for seeded draws: inverse CDF, in token order, over the ``top_k`` best tokens."""
+    """Seeded draws likewise: inverse CDF, in token order, over all tokens or the ``top_k`` best."""
     view = forced(prompt, output)
     cdf = _cdf(view, temperature, top_k)
     draws = uniforms(
@@ -137,7 +142,7 @@ def near_boundary(
     *,
     seed: int,
     temperature: float,
-    top_k: int,
+    top_k: int | None,
 ) -> str | None:
     """Whether the last token of ``output`` and ``other`` may both have been drawn: in words."""
     view = forced(prompt, output)
@@ -150,10 +155,11 @@ def near_boundary(
     return None
 
 
-def _cdf(view: Forced, temperature: float, top_k: int) -> npt.NDArray[np.float64]:
-    scaled = view.logits / temperature
-    floor = np.partition(scaled, -top_k, axis=-1)[:, -top_k, None]
-    kept = np.where(scaled >= floor, scaled, -np.inf)
+def _cdf(view: Forced, temperature: float, top_k: int | None) -> npt.NDArray[np.float64]:
+    kept = view.logits / temperature
+    if top_k is not None:
+        floor = np.partition(kept, -top_k, axis=-1)[:, -top_k, None]
+        kept = np.where(kept >= floor, kept, -np.inf)
     probs = np.exp(kept - kept.max(-1, keepdims=True))
     return np.asarray((probs / probs.sum(-1, keepdims=True)).cumsum(-1))
 

@@ -9,9 +9,8 @@ from tests.cluster import oracle
 from tests.cluster.harness import Cluster, Reply, body, complete_all
 
 TEMPERATURE = 0.8
-TOP_K = 40
-"""Without a filter one draw in a hundred lands, with this small model, in a tail so flat that the
-boundaries of several tokens lie within a tie's width."""
+FILTERED = 40
+"""A ``top_k`` that keeps the draws off the model's flat tail."""
 SEED = 20_261_120
 
 
@@ -26,11 +25,17 @@ def run_greedy(
 
 
 def run_sampled(
-    cluster: Cluster, prompts: Sequence[Sequence[int]], *, num_tokens: int, concurrency: int
+    cluster: Cluster,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_tokens: int,
+    concurrency: int,
+    top_k: int | None = None,
 ) -> list[list[int]]:
-    """Seeded draws; the seed differs by prompt."""
+    """Seeded draws, from the whole vocabulary unless filtered; the seed differs by prompt."""
+    filters = {} if top_k is None else {"top_k": top_k}
     requests = [
-        body(prompt, max_tokens=num_tokens, temperature=TEMPERATURE, top_k=TOP_K, seed=SEED + i)
+        body(prompt, max_tokens=num_tokens, temperature=TEMPERATURE, seed=SEED + i, **filters)
         for i, prompt in enumerate(prompts)
     ]
     return _outputs(
@@ -57,16 +62,28 @@ def check_greedy(prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[in
     return ties
 
 
-def check_sampled(prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[str]:
-    """Every draw against the oracle's distribution; returns the ties, of which there may be few."""
+def check_sampled(
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
+    *,
+    top_k: int | None = None,
+) -> list[str]:
+    """Every draw against the oracle's distribution; returns the ties, of which there may be few.
+
+    Without a filter more than three: the oracle's logits differ from ours by about 1e-6, and with
+    this small model one draw in a hundred lands in a tail so flat that several boundaries lie
+    within a tie's width. One in a thousand then falls on the other side.
+    """
     ties = [
         tie
         for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
         for tie in oracle.check_sampled(
-            prompt, output, seed=SEED + i, temperature=TEMPERATURE, top_k=TOP_K
+            prompt, output, seed=SEED + i, temperature=TEMPERATURE, top_k=top_k
         )
     ]
-    assert len(ties) <= oracle.MAX_TIES, ties
+    draws = sum(map(len, outputs))
+    limit = oracle.MAX_TIES if top_k is not None else max(oracle.MAX_TIES, draws // 500)
+    assert len(ties) <= limit, ties
     return ties
 
 
@@ -74,6 +91,8 @@ def same_draws(
     prompts: Sequence[Sequence[int]],
     first: Sequence[Sequence[int]],
     second: Sequence[Sequence[int]],
+    *,
+    top_k: int | None = None,
 ) -> list[str]:
     """Two runs that passed :func:`check_sampled` are equal; returns where a tie parted them."""
     ties = []
@@ -85,7 +104,7 @@ def same_draws(
                 one[: i + 1],
                 other[i],
                 temperature=TEMPERATURE,
-                top_k=TOP_K,
+                top_k=top_k,
                 seed=_seed(prompts, prompt),
             )
             where = f"prompt of {len(prompt)} tokens, output token {i}: {one[i]} and {other[i]}"
