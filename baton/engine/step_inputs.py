@@ -34,6 +34,9 @@ QUERY_QUANTUM = 4
 """Attention of fewer queries than this takes another kernel, with another order of summation."""
 KEY_QUANTUM = 16
 """Keys beyond a multiple of the vector width are summed apart; masked ones in it add zero."""
+WHOLE_KEYS, KEY_BLOCK = 192, 512
+"""Up to so many keys are summed in one go. More are cut into parts that depend on their number,
+so there the number is always the same: that of the blocks in which attention takes them anyway."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ def build_inputs(
     for (begin, end), pages_N in zip(batches, pages, strict=True):
         pages_LN = pages_N.unsqueeze(0) + layers_L1
         if end <= num_single:
-            context = _padded(ordered[begin].start + 1, KEY_QUANTUM)
+            context = _padded_keys(ordered[begin].start + 1)
             own = device_positions[int(begins[begin]) : int(ends[end - 1])]
             mask = _mask(own, context, dtype).view(end - begin, 1, 1, context)
             segment = Segment(int(begins[begin]), int(ends[end - 1]), pages_LN, context, mask)
@@ -206,7 +209,7 @@ def _pages(rows: Sequence[SequenceStep], layout: KVLayout) -> Int64s:
     Short tables repeat the row's own first block: another may just be written by a transfer.
     """
     longest = max(row.start + row.num_tokens for row in rows)
-    width = -(-_padded(longest, KEY_QUANTUM) // layout.block_size)
+    width = -(-_padded_keys(longest) // layout.block_size)
     tables = np.empty((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         used = -(-(row.start + row.num_tokens) // layout.block_size)
@@ -222,14 +225,15 @@ def _tiles(
     tiles = []
     for begin in range(0, row.num_tokens, QUERY_TILE):
         end = min(begin + QUERY_TILE, row.num_tokens)
-        context = _padded(row.start + end, KEY_QUANTUM)
+        context = _padded_keys(row.start + end)
         mask = _mask(positions_T[first + begin : first + end], context, dtype)
         mask = F.pad(mask, (0, 0, 0, -(end - begin) % QUERY_QUANTUM))
         tiles.append(Tile(first + begin, first + end, context, mask))
     return tuple(tiles)
 
 
-def _padded(count: int, quantum: int) -> int:
+def _padded_keys(count: int) -> int:
+    quantum = KEY_QUANTUM if count <= WHOLE_KEYS else KEY_BLOCK
     return -(-count // quantum) * quantum
 
 

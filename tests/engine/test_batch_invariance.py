@@ -20,7 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": MOE | {"hidden_size": 320, "head_dim": 32, "moe_intermediate_size": 256},
     "group-of-five": DENSE | {"head_dim": 20, "num_attention_heads": 5, "num_key_value_heads": 1},
 }
-LENGTH = 90
+LENGTH = 300
 TOP = SamplingParams(temperature=0.0, logprobs=20)
 
 
@@ -28,7 +28,7 @@ TOP = SamplingParams(temperature=0.0, logprobs=20)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder: Path = tmp_path_factory.mktemp(request.param)
     save(folder, MODELS[request.param])
-    return Bench(folder, blocks_each=30, num_blocks=300, max_num_seqs=10, num_threads=1)
+    return Bench(folder, blocks_each=90, num_blocks=900, max_num_seqs=10, num_threads=1)
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -62,10 +62,10 @@ def test_any_batch_and_any_chunks(bench: Bench) -> None:
     ways = {
         "whole": ([LENGTH], []),
         "whole in a batch": ([LENGTH], [1, 7, 1, 80]),
-        "chunks": ([3, 1, 16, 33, 2, 35], []),
-        "chunks in a batch": ([5, 1, 1, 60, 23], [1, 1, 9]),
-        "decode in a batch": ([40] + [1] * 50, [1] * 2),
-        "decode in a wide batch": ([40] + [1] * 50, [1] * 9),
+        "chunks": ([3, 1, 16, 33, 2, 145, 100], []),
+        "chunks in a batch": ([5, 1, 1, 60, 203, 30], [1, 1, 9]),
+        "decode in a batch": ([250] + [1] * 50, [1] * 2),
+        "decode in a wide batch": ([150] + [1] * 150, [1] * 9),
     }
     for way, (chunks, others) in ways.items():
         for position, top in logprobs(bench, tokens, chunks, others):
