@@ -28,19 +28,24 @@ class _Clock:
 
 
 class Reference:
-    """Greedy batches with SDPA attention and a KV cache, in fp32."""
+    """Greedy batches with SDPA attention and a KV cache."""
 
-    def __init__(self, folder: Path, max_threads: int) -> None:
+    def __init__(
+        self, folder: Path, max_threads: int, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         transformers.utils.logging.disable_progress_bar()
         self.threads = max_threads
         self.experts: str | None = None
         self._folder = folder
+        self._dtype = dtype
         self._model = self._load(None)
         torch.set_num_threads(max_threads)
 
     def choose(self, prompts: list[list[int]], num_tokens: int) -> None:
         """Keep the way of computing experts and the number of threads that are fastest here."""
-        ways = EXPERTS if getattr(self._model.config, "num_experts", 0) else (None,)
+        config = self._model.config
+        names = ("num_experts", "n_routed_experts")
+        ways = EXPERTS if any(getattr(config, name, 0) for name in names) else (None,)
         timed: list[tuple[float, str | None, int]] = []
         for experts in ways:
             for threads in sorted({1, self.threads}):
@@ -95,7 +100,7 @@ class Reference:
     def _load(self, experts: str | None) -> Any:
         more = {} if experts is None else {"experts_implementation": experts}
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            self._folder, dtype=torch.float32, attn_implementation="sdpa", **more
+            self._folder, dtype=self._dtype, attn_implementation="sdpa", **more
         ).eval()
         # Greedy and to the end, whatever the folder's generation config says.
         model.generation_config = transformers.GenerationConfig()

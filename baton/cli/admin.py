@@ -13,6 +13,7 @@ from rich.table import Table
 from baton.client.admin import AdminClient
 from baton.core.cluster import Role
 from baton.core.errors import InvalidRequest, Stage
+from protos.baton.internal.v1 import instance_pb2
 from protos.baton.v1 import cluster_pb2
 
 
@@ -135,6 +136,46 @@ def explain(address: str, request_id: str, *, as_json: bool) -> None:
         _print_stages(console, attempt)
 
 
+def memory(address: str, instance_id: str, *, as_json: bool) -> None:
+    """Print what an instance's memory is used for, and what was measured at its start."""
+    with AdminClient(address) as admin:
+        reply = admin.memory(instance_id)
+    if as_json:
+        _print_json(reply)
+        return
+    console = make_console()
+    for item in reply.maps:
+        console.print(
+            f"[bold]{reply.instance_id}[/bold] {item.rank} on {item.device}: "
+            f"{_mib(item.in_use)} beyond imports ({_mib(item.imports)}), peak {_mib(item.peak)}"
+        )
+        console.print(_memory_table(item))
+        if item.HasField("needs"):
+            needs = item.needs
+            console.print(
+                f"limit {_mib(needs.limit)}: held {_mib(needs.held)}, largest prefill "
+                f"{_mib(needs.prefill)}, decode {_mib(needs.decode)}, both {_mib(needs.mixed)}, "
+                f"reserve {_mib(needs.reserve)}, margin {_mib(needs.margin)}; "
+                f"measured in {needs.seconds:.1f} s"
+            )
+
+
+def _memory_table(item: instance_pb2.MemoryMapRecord) -> Table:
+    """Largest first, what no entry explains last."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("what", no_wrap=True)
+    for title in ("in use", "share", "set aside"):
+        table.add_column(title, no_wrap=True, justify="right")
+    whole = max(1, item.in_use)
+    for entry in sorted(item.entries, key=lambda entry: -entry.in_use):
+        if entry.size:
+            share = f"{entry.in_use / whole:.1%}"
+            table.add_row(entry.tag, _mib(entry.in_use), share, _mib(entry.size))
+    rest = item.unaccounted
+    table.add_row("unaccounted", _mib(rest), f"{rest / whole:.1%}", "")
+    return table
+
+
 def _print_stages(console: Console, attempt: cluster_pb2.AttemptTrace) -> None:
     stages = sorted(attempt.stages, key=lambda item: item.wall_s)
     if not stages:
@@ -148,7 +189,7 @@ def _print_stages(console: Console, attempt: cluster_pb2.AttemptTrace) -> None:
 
 
 def _print_json(
-    message: cluster_pb2.ClusterStatus | cluster_pb2.ExplainResponse,
+    message: cluster_pb2.ClusterStatus | cluster_pb2.ExplainResponse | instance_pb2.MemoryReply,
 ) -> None:
     print(
         MessageToJson(

@@ -22,6 +22,7 @@ from baton.cli.processes import RayProcesses
 from baton.core.config import ServeConfig
 from baton.core.errors import ConfigError, NotFound
 from baton.engine.checkpoint import Checkpoint, open_checkpoint
+from baton.engine.runners import check_ranks
 from baton.gateway.actor import gateway_actor_class
 from baton.gateway.settings import GatewaySettings
 from baton.instance.launcher import NodeInfo, instance_names, launch_instance
@@ -91,6 +92,7 @@ class ClusterRun:
                 param="model",
             )
         checkpoint = open_checkpoint(config.model)
+        check_ranks(checkpoint, config.engine)
         if config.store == "memory" and config.address is not None:
             logger.info("store memory: the controller's address is found on this machine only")
         for name in ("http_port", "grpc_port"):

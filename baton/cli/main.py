@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -69,6 +71,113 @@ def serve(
     with_clear_errors(
         lambda: run_cluster(load_settings(config, flags), console=console, ready_file=ready_file)
     )
+
+
+@app.command()
+def generate(
+    model: Annotated[str | None, typer.Option(help="folder of the checkpoint")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="text to go on with; again for a batch")
+    ] = None,
+    prompt_token_ids: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="JSON list of token ids, or of such lists for a batch; -: stdin"
+        ),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="output tokens at most; 128")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a user's message")] = False,
+    tp: Annotated[int | None, typer.Option(help="ranks that share heads and columns")] = None,
+    ep: Annotated[int | None, typer.Option(help="ranks that share the experts")] = None,
+    dp: Annotated[int | None, typer.Option(help="groups of ranks with their own prompts")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads of a rank")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy; default 1")] = None,
+    top_k: Annotated[int | None, typer.Option(help="the best so many; 0 or -1: all")] = None,
+    top_p: Annotated[float | None, typer.Option(help="nucleus; default 1")] = None,
+    min_p: Annotated[float | None, typer.Option(help="share of the best; default 0")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="default 1")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="default 0")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="default 0")] = None,
+    seed: Annotated[int | None, typer.Option(help="default: drawn, told with --json")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="ends the text beside the model's own; repeatable")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="the model's own end tokens end nothing")
+    ] = False,
+    logprobs: Annotated[int | None, typer.Option(help="with so many alternatives")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="of one step")] = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens of a KV block")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="KV blocks at most")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Run prompts through one engine, without a cluster; for benchmarks and bug reports."""
+
+    def run() -> None:
+        from baton.cli.generate import GenerateFlags
+        from baton.cli.generate import generate as run_generate
+
+        flags = GenerateFlags(
+            model=model,
+            prompts=prompt or (),
+            prompt_token_ids=prompt_token_ids,
+            max_tokens=max_tokens,
+            chat=chat,
+            sampling={
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "presence_penalty": presence_penalty,
+                "frequency_penalty": frequency_penalty,
+                "stop_token_ids": tuple(stop_token_id or ()),
+                "ignore_eos": ignore_eos,
+                "logprobs": logprobs,
+            },
+            seed=seed,
+            engine={
+                "tp": tp,
+                "ep": ep,
+                "dp": dp,
+                "dtype": dtype,
+                "device": device,
+                "num_threads": num_threads,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "block_size": block_size,
+                "num_blocks": num_blocks,
+            },
+            as_json=json_output,
+        )
+        run_generate(flags)
+
+    # Not KeyboardInterrupt: Python may end by the signal after all where that is raised in exec().
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit_as_shells_say)
+    with_clear_errors(run)
+
+
+@app.command()
+def ops(
+    model: Annotated[str | None, typer.Option(help="folder of the checkpoint")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16")] = None,
+    tp: Annotated[int | None, typer.Option(help="ranks that share heads and columns")] = None,
+    ep: Annotated[int | None, typer.Option(help="ranks that share the experts")] = None,
+    dp: Annotated[int | None, typer.Option(help="groups of ranks with their own prompts")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Show which implementation of each operation would run where, and why."""
+    engine = {"device": device, "dtype": dtype, "tp": tp, "ep": ep, "dp": dp}
+
+    def run() -> None:
+        from baton.cli.ops import show_ops
+
+        show_ops(model, engine, as_json=json_output)
+
+    with_clear_errors(run)
 
 
 @app.command()
@@ -140,6 +249,22 @@ def explain(
 
 
 @app.command()
+def memory(
+    instance: Annotated[str, typer.Argument(help="instance id, as in baton status")],
+    json_output: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    store: StoreOption = "memory",
+    cluster: ClusterOption = "default",
+    controller: ControllerOption = None,
+) -> None:
+    """Show what an instance's memory is used for."""
+    from baton.cli import admin
+
+    with_clear_errors(
+        lambda: admin.memory(_find(store, cluster, controller), instance, as_json=json_output)
+    )
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(__version__)
@@ -158,6 +283,10 @@ def with_clear_errors(action: Callable[[], None]) -> None:
 def _exit(message: str, code: int) -> NoReturn:
     print(f"baton: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def _exit_as_shells_say(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _find(store: str, cluster: str, controller: str | None) -> str:

@@ -9,6 +9,8 @@ from typing import TypeVar
 import grpc
 
 from baton.core.cluster import Role
+from baton.core.errors import NotFound, Stage
+from protos.baton.internal.v1 import instance_pb2, instance_pb2_grpc
 from protos.baton.v1 import cluster_pb2, cluster_pb2_grpc
 from protos.serving import channel_options
 from protos.status import error_from_rpc
@@ -77,6 +79,22 @@ class AdminClient:
         """Where a request was placed and when each stage happened. Raises NotFound."""
         message = cluster_pb2.ExplainRequest(request_id=request_id)
         return _ask(lambda: self._stub.Explain(message, timeout=self._timeout_s))
+
+    def memory(self, instance_id: str) -> instance_pb2.MemoryReply:
+        """What an instance's memory is used for, by the instance itself. Raises NotFound."""
+        instances = {item.instance_id: item for item in self.status().instances}
+        if instance_id not in instances:
+            known = ", ".join(sorted(instances)) or "none"
+            raise NotFound(
+                f"there is no instance {instance_id!r}; there are: {known}",
+                stage=Stage.CONTROL,
+                param="instance",
+            )
+        address = instances[instance_id].address
+        with grpc.insecure_channel(address, options=channel_options()) as channel:
+            stub: instance_pb2_grpc.InstanceStub = instance_pb2_grpc.InstanceStub(channel)
+            request = instance_pb2.MemoryRequest()
+            return _ask(lambda: stub.Memory(request, timeout=self._timeout_s))
 
 
 def _ask(call: Callable[[], T]) -> T:

@@ -13,7 +13,8 @@ from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
 TransportName = Literal["auto", "shm", "tcp"]
-DeviceName = Literal["cpu"]
+DeviceName = Literal["cpu", "cuda"]
+ExchangeName = Literal["auto", "all_gather", "all_to_all"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,8 +23,11 @@ class EngineConfig:
 
     dtype: Dtype = "float32"
     block_size: int = 16
-    num_blocks: int = 2048
-    """KV blocks per instance; each holds ``block_size`` tokens of all layers."""
+    num_blocks: int | None = 2048
+    """KV blocks per instance; each holds ``block_size`` tokens of all layers. ``None``: what is
+    left of ``memory_limit_gib`` when everything else is measured at the start."""
+    memory_limit_gib: float | None = None
+    """Memory of one rank's process on its device, all of it; default: what the machine has."""
     max_model_len: int | None = None
     """Longest sequence; default: the model's own limit, bounded by the cache."""
     max_num_seqs: int = 64
@@ -35,10 +39,33 @@ class EngineConfig:
     num_threads: int = 1
     """CPU threads of one instance's model."""
     device: DeviceName = "cpu"
+    tp: int = 1
+    """Ranks that share the heads and columns of every layer."""
+    ep: int = 1
+    """Ranks that share the experts: 1, or tp * dp, or any number where tp = dp = 1."""
+    dp: int = 1
+    """Groups of ranks with sequences and KV blocks (``num_blocks`` each) of their own."""
+    exchange: ExchangeName = "auto"
+    """How tokens reach experts on other dp groups."""
 
     def __post_init__(self) -> None:
-        _positive(self, "block_size", "num_blocks", "max_num_seqs", "num_threads")
-        _positive(self, "max_num_batched_tokens")
+        _positive(self, "block_size", "max_num_seqs", "num_threads")
+        for name in ("num_blocks", "memory_limit_gib"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        if self.num_blocks is None and self.memory_limit_gib is None:
+            raise ValueError(
+                "num_blocks null takes what is left of memory_limit_gib, which is not set: "
+                "give one of them"
+            )
+        _positive(self, "max_num_batched_tokens", "tp", "ep", "dp")
+        if self.num_blocks is None and max(self.tp, self.ep, self.dp) > 1:
+            raise ValueError("num_blocks null needs tp = ep = dp = 1: give num_blocks")
+        if self.ep not in (1, self.tp * self.dp) and self.tp * self.dp != 1:
+            raise ValueError(
+                f"ep must be 1 or tp * dp = {self.tp * self.dp}, got {self.ep}: experts are split "
+                "over all ranks of an instance or over none"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 "max_num_batched_tokens must be at least max_num_seqs "
@@ -46,6 +73,12 @@ class EngineConfig:
             )
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len must be at least 1, got {self.max_model_len}")
+
+    @property
+    def kv_blocks(self) -> int:
+        """``num_blocks`` of settings in which it is a number, or has become one."""
+        assert self.num_blocks is not None, "num_blocks must be measured first"
+        return self.num_blocks
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ themselves::
     ├── Fenced              an older attempt or incarnation spoke
     ├── TransferFailed      KV bytes did not arrive or did not verify
     └── InstanceLost        the instance that served it died or froze
+        └── RankLost        one of the instance's ranks did; the message names it
 """
 
 from __future__ import annotations
@@ -151,6 +152,13 @@ class InstanceLost(BatonError):
 
     code = Code.INSTANCE_LOST
     retryable = True
+
+
+class RankLost(InstanceLost):
+    """A rank died, froze or failed, and its instance with it; the message names the rank."""
+
+    def __init__(self, message: str, *, stage: Stage = Stage.CONTROL) -> None:
+        super().__init__(message, stage=stage)
 
 
 ERRORS_BY_CODE: dict[Code, type[BatonError]] = {

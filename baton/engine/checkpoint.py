@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from baton.core.errors import ConfigError
-from baton.engine.models.config import ModelConfig, parse_config
+from baton.engine.models.config import ModelConfig
+from baton.engine.models.families import parse_config
 from baton.engine.models.tensors import expected_tensors, ignored
 
 _DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -159,8 +160,13 @@ def _read_file(file: Path, digest: hashlib.blake2b) -> dict[str, TensorInfo]:
             tensors = _parse_header(file, header, data_start)
             data_end = max((tensor.end for tensor in tensors.values()), default=data_start)
             if size < data_end:
+                cut = min(
+                    (tensor.end, name) for name, tensor in tensors.items() if tensor.end > size
+                )
                 raise _error(
-                    file, f"is truncated ({size} of {data_end} bytes)", "copy or download it again"
+                    file,
+                    f"is truncated ({size} of {data_end} bytes): tensor {cut[1]} is not whole",
+                    "copy or download it again",
                 )
             digest.update(header)
             _sample(stream, data_start, data_end, digest)
@@ -254,7 +260,7 @@ def _check_tensors(
                 "use the config.json that belongs to these weights",
             )
     for name, tensor in tensors.items():
-        if name not in expected and not ignored(name, config):
+        if name not in expected and not ignored(name, tensor.shape, config):
             raise _error(
                 tensor.file,
                 f"tensor {name} is no part of {config.architecture} as config.json describes it",

@@ -15,21 +15,26 @@ one plan may be uncommitted while the next is made, so two can be outstanding; w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
+from baton.core.blocks import BlockKey
 from baton.core.cluster import InstanceLoad
 from baton.core.config import EngineConfig
 from baton.core.errors import Code, InvalidRequest, Refused, Stage
 from baton.core.request import FinishReason, Part, Submission, TokenLogprobs
 from baton.engine.block_manager import BlockManager, BlockStatistics
 from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
+from baton.engine.interface import check_result
 from baton.engine.plan import RowResult, StepPlan, StepResult
 from baton.engine.scheduler import PlannedRow, Scheduler
 from baton.engine.sequence import Sequence
 from baton.engine.states import LIVE_STATES, SequenceEvent, SequenceState
 
 _S, _E = SequenceState, SequenceEvent
+_FINISHED, _PREFILL = _S.FINISHED, Part.PREFILL  # a member's look-up takes its time, in each row
 
 
 class Engine:
@@ -45,9 +50,9 @@ class Engine:
     ) -> None:
         """``salt``: root of all block keys, at most 64 bytes. ``generations``: [num_blocks]."""
         self.config = config
-        self.max_model_len = min(max_model_len, config.num_blocks * config.block_size)
+        self.max_model_len = min(max_model_len, config.kv_blocks * config.block_size)
         self._blocks = BlockManager(
-            config.num_blocks,
+            config.kv_blocks,
             config.block_size,
             salt=salt,
             enable_prefix_cache=config.enable_prefix_cache,
@@ -63,8 +68,10 @@ class Engine:
 
     # Submissions.
 
-    def submit(self, submission: Submission, part: Part, now: float) -> None:
-        """Take a submission on.
+    def submit(
+        self, submission: Submission, part: Part, now: float, *, keys: Iterable[BlockKey] = ()
+    ) -> None:
+        """Take a submission on. ``keys``: its :meth:`prefix_keys`, if the caller has them.
 
         Raises Refused for a ``request_id`` that is here already, and InvalidRequest
         (``context_length_exceeded``, ``prompt``) for one that can never run here.
@@ -91,9 +98,29 @@ class Engine:
             token_ids=[*submission.prompt_ids, *submission.output_ids],
             stop_token_ids=frozenset(submission.sampling.stop_token_ids),
             owes_prompt_logprobs=submission.sampling.prompt_logprobs is not None,
+            keys=list(keys),
         )
         self._sequences[submission.request_id] = sequence
         self._scheduler.add(sequence)
+
+    def prefix_keys(self, submission: Submission) -> list[BlockKey]:
+        """Keys of the leading blocks that a lookup for ``submission`` may find. Changes nothing."""
+        keys: list[BlockKey] = []
+        if self._blocks.enable_prefix_cache and submission.sampling.prompt_logprobs is None:
+            salt = self._blocks.salt_for(tenant=submission.tenant, adapter=submission.adapter)
+            token_ids = (*submission.prompt_ids, *submission.output_ids)
+            # The last token is always computed: its logits are what is wanted.
+            self._blocks.extend_keys(keys, token_ids[:-1], salt=salt)
+        return keys
+
+    def num_cached_blocks(self, keys: list[BlockKey]) -> int:
+        """Length of the longest cached prefix of ``keys``. Changes nothing."""
+        return len(self._blocks.match(keys))
+
+    def num_open_tokens(self) -> int:
+        """Tokens to compute, or in the context of sequences that run: what a step has to bear."""
+        live = self._sequences.values()
+        return sum(len(item.token_ids) for item in live if item.state is not _S.HELD)
 
     def abort(self, request_id: str) -> bool:
         """End a sequence in any state, without an event. False if it is not here.
@@ -208,19 +235,16 @@ class Engine:
         Rows of sequences that have ended meanwhile are dropped. Raises ValueError, and changes
         nothing, for another plan or a result that does not belong to it.
         """
-        if result.step != plan.step or len(result.rows) != len(plan.rows):
-            raise ValueError(
-                f"the result of step {result.step} with {len(result.rows)} rows is not of "
-                f"step {plan.step} with {len(plan.rows)} rows"
-            )
+        check_result(plan, result)
         planned = self._scheduler.retire(plan)
         self._num_steps += 1
         events = self._take_late_events()
         for row, outcome in zip(planned, result.rows, strict=True):
             sequence = row.sequence
-            if sequence.state is not _S.FINISHED and row.lineage == sequence.lineage:
+            if sequence.state is not _FINISHED and row.lineage == sequence.lineage:
                 self._commit_row(row, outcome, events)
-            self._scheduler.row_done(row)
+            if not sequence.num_plans:
+                self._scheduler.row_done(row)
         events += self._take_late_events()
         return events
 
@@ -244,20 +268,23 @@ class Engine:
         sequence, step = row.sequence, row.step
         if sequence.owes_prompt_logprobs:
             sequence.prompt_logprobs += outcome.prompt_logprobs
-        if step.sample and outcome.token_id is None:
+        token_id, sample = outcome.token_id, step.sample
+        if sample and token_id is None:
             self._step_back(sequence)
             return
         sequence.num_committed = step.start + step.num_tokens
-        sequence.num_in_flight -= step.sample
-        self._register_blocks(sequence)
-        if outcome.token_id is None or not step.sample:
+        sequence.num_in_flight -= sample
+        if sequence.num_committed // self._blocks.block_size > sequence.num_registered:
+            self._register_blocks(sequence)
+        is_prefill = sequence.part is _PREFILL
+        if token_id is None or not sample:
             # One preempted meanwhile gives its blocks back now: there is nothing to publish.
-            if sequence.part is Part.PREFILL and sequence.state is not _S.PREEMPTED:
+            if is_prefill and sequence.state is not _S.PREEMPTED:
                 events.append(self._progress(sequence, final=False))
             return
         index = len(sequence.token_ids) - sequence.num_prompt_tokens
-        reason, stop_token_id = self._append(sequence, outcome.token_id)
-        if sequence.part is Part.PREFILL and reason is None:
+        reason, stop_token_id = self._append(sequence, token_id)
+        if is_prefill and reason is None:
             events.append(self._progress(sequence, final=True))
         logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
@@ -267,21 +294,21 @@ class Engine:
             sequence.prompt_logprobs.clear()
         events.append(
             TokensReady(
-                request_id=sequence.request_id,
-                index=index,
-                token_ids=(outcome.token_id,),
-                logprobs=logprobs,
-                finish_reason=reason,
-                stop_token_id=stop_token_id,
-                num_cached_tokens=sequence.num_cached_tokens,
-                prompt_logprobs=prompt_logprobs,
+                sequence.request_id,
+                index,
+                (token_id,),
+                logprobs,
+                reason,
+                stop_token_id,
+                sequence.num_cached_tokens,
+                prompt_logprobs,
             )
         )
         sequence.num_cached_tokens = None
         if reason is not None:
             self._end(sequence, _E.FINISH)
             self._num_finished += 1
-        elif sequence.part is Part.PREFILL:
+        elif is_prefill:
             self._scheduler.move(sequence, _E.HOLD)
 
     def _step_back(self, sequence: Sequence) -> None:
@@ -339,6 +366,11 @@ class Engine:
         return events
 
     # Accounts.
+
+    @property
+    def num_plans(self) -> int:
+        """Uncommitted plans."""
+        return self._scheduler.num_plans
 
     def load(self) -> InstanceLoad:
         """A snapshot. Cached blocks are those that nobody references; the rest are held."""

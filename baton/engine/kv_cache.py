@@ -1,8 +1,8 @@
 """The KV cache of one rank, as tensors over memory that someone else may own.
 
-The bytes are ``[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]``. Two flat views
-make paging cheap on any device: *rows*, one per (block, layer, key or value, token), for writing
-single tokens, and *pages*, one per (block, layer, key or value), for reading whole blocks.
+The bytes are those of ``KVLayout``, block after block. Two flat views make paging cheap on any
+device: *rows*, one per (block, shard, layer, plane, token), for writing single tokens, and *pages*,
+one per (block, shard, layer, plane), for reading whole blocks.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ class KVCache:
         num_blocks: int,
         device: torch.device,
         buffer: memoryview | None = None,
+        *,
+        shard: int = 0,
     ) -> None:
         self.layout = layout
+        self.shard = shard
+        """Which shard of every block this rank reads and writes."""
         self.num_blocks = num_blocks
         dtype = TORCH_DTYPES[layout.dtype]
         shape = (
             num_blocks,
+            layout.num_shards,
             layout.num_layers,
-            2,
+            layout.num_planes,
             layout.block_size,
             layout.num_kv_heads,
             layout.head_dim,
@@ -58,18 +63,15 @@ class KVCache:
             self.tensor = torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
         width = layout.num_kv_heads * layout.head_dim
         self.rows = self.tensor.view(-1, width)
-        """[num_blocks * num_layers * 2 * block_size, num_kv_heads * head_dim]"""
+        """[num_blocks * num_pages * block_size, num_kv_heads * head_dim]"""
         self.pages = self.tensor.view(-1, layout.block_size * width)
-        """[num_blocks * num_layers * 2, block_size * num_kv_heads * head_dim]"""
-
-    def write(self, rows_T2: Tensor, kv_T2W: Tensor) -> None:
-        """Store keys ``[:, 0]`` and values ``[:, 1]`` of T tokens of one layer."""
-        self.rows.index_put_((rows_T2,), kv_T2W)
+        """[num_blocks * num_pages, block_size * num_kv_heads * head_dim]"""
 
     def read(self, pages_N: Tensor, num_rows: int) -> Tensor:
-        """Gather pages, keys of all rows before their values: [2, num_rows, S, kv_heads, dim]."""
+        """Gather pages, plane by plane: [planes, num_rows, S, kv_heads, dim]."""
+        layout = self.layout
         gathered = self.pages.index_select(0, pages_N)
-        return gathered.view(2, num_rows, -1, self.layout.num_kv_heads, self.layout.head_dim)
+        return gathered.view(layout.num_planes, num_rows, -1, layout.num_kv_heads, layout.head_dim)
 
     def close(self) -> None:
         """Forget the buffer: its owner may unmap it, and later use fails. Idempotent."""

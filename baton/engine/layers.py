@@ -1,56 +1,47 @@
-"""The building blocks of the models: norm, rotary embedding, MLP, experts. Plain torch.
+"""The building blocks of a decoder layer besides attention: rotary table, MLP, experts.
 
-Casts follow the reference implementation of the models: norms and the router's softmax in float32,
-everything else in the model's dtype. Dim letters as in ``step_inputs``, and H hidden, I
-intermediate, E experts, K experts per token.
+They hold what the loader laid out and bound (see ``ops``) and know neither devices nor ranks: what
+crosses ranks is hidden in a ``Linear`` that sums, or in the ``Exchange`` of experts' tokens. Dim
+letters as in ``step_inputs``, and H hidden, I intermediate, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baton.engine.linear import Linear
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scale the last dim to unit mean square, then by ``weight`` (any shape that broadcasts)."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], None, eps) * weight
-    return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+from baton.engine.models.config import MoeConfig, RopeConfig
+from baton.engine.models.rope import inverse_frequencies
+from baton.engine.ops.linear import Linear
+from baton.engine.parallel.exchange import Exchange
+from baton.engine.step_inputs import StepInputs
 
 
 class RotaryTable:
     """Cosines and sines of all positions below ``max_len``."""
 
     def __init__(
-        self, head_dim: int, theta: float, max_len: int, device: torch.device, dtype: torch.dtype
+        self, rope: RopeConfig, dim: int, max_len: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        angles = torch.arange(max_len, dtype=torch.float32).unsqueeze(1) / theta**exponents
-        cos, sin = angles.cos(), angles.sin()
+        positions = torch.arange(max_len, dtype=torch.float32)
+        angles = positions.unsqueeze(1) * inverse_frequencies(rope, dim)
+        cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
         # The sign of the rotated half is folded into the table: rotation is then a roll.
         table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
         self._table = table.to(device=device, dtype=dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the table."""
+        return self._table.nbytes
+
     def lookup(self, positions_T: Tensor) -> Tensor:
         """[T, 2, 1, D]: cosines and signed sines, ready to broadcast over heads."""
         return self._table.index_select(0, positions_T).unsqueeze(2)
-
-
-def rotate(x_THD: Tensor, rotary_T21D: Tensor, out: Tensor) -> None:
-    """Apply the rotary embedding to all heads of ``x_THD``, into ``out``."""
-    cos, sin = rotary_T21D.unbind(1)
-    rolled = x_THD.roll(x_THD.shape[-1] // 2, -1)
-    torch.addcmul(x_THD * cos, rolled, sin, out=out)
-
-
-def _silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,67 +52,92 @@ class Mlp:
     """hidden → 2 * I, gate before up."""
     down: Linear
     """I → hidden"""
+    swiglu: Callable[[Tensor], Tensor]
 
     @property
     def row_quantum(self) -> int:
         """Of the step's tokens; see ``Linear``."""
         return max(self.gate_up.row_quantum, self.down.row_quantum)
 
-    def __call__(self, x_TH: Tensor, num_tokens: int) -> Tensor:
+    def __call__(self, x_TH: Tensor, inputs: StepInputs) -> Tensor:
         """[T, H] → [T, H]."""
-        return self.down(_silu_mul(self.gate_up(x_TH)))
+        return self.down(self.swiglu(self.gate_up(x_TH)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Experts:
-    """Top-k routed SwiGLU experts.
+class LocalExperts:
+    """This rank's experts: routed SwiGLU over sorted tokens."""
 
-    Tokens are sorted by expert once and each expert that was hit computes its slice. For the sizes
-    Baton meets on a CPU this beats both computing all experts in one product and gathering the
-    chosen weights, from one token up.
-    """
+    first: int
+    """Number of the first one."""
+    count: int
+    total: int
+    """Experts on all ranks together."""
+    gate_up: Callable[[Tensor, Tensor], Tensor]
+    """Grouped: (rows, counts) → rows."""
+    down: Callable[[Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
 
-    router: Linear
-    gate_up: tuple[Linear, ...]
-    """Per expert: hidden → 2 * I."""
-    down: tuple[Linear, ...]
-    """Per expert: I → hidden."""
-    top_k: int
-    renormalise: bool
+    def __call__(
+        self, x_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor, num_rows: int
+    ) -> Tensor:
+        """Per row the weighted sum over those of its experts that are here; [N, H].
 
-    def __call__(self, x_TH: Tensor, num_tokens: int) -> Tensor:
-        """[T, H] → [T, H]; tokens from ``num_tokens`` on are padding and visit no expert."""
-        weights_TK, experts_TK = self.route(x_TH)
-        chosen_N = experts_TK[:num_tokens].reshape(-1)
-        order_N = chosen_N.argsort(stable=True)
-        counts = chosen_N.bincount(minlength=len(self.gate_up)).tolist()
-        quantum = max(self.gate_up[0].row_quantum, self.down[0].row_quantum)
-        # Each slice is rounded up to whole quanta: it computes some of its neighbours' rows too,
-        # and the last one some rows of token 0.
-        sorted_NH = x_TH.index_select(0, F.pad(order_N, (0, quantum)) // self.top_k)
-        parts = []
-        begin = 0
-        for expert, count in enumerate(counts):
-            if count:
-                x = sorted_NH[begin : begin + -(-count // quantum) * quantum]
-                out = self.down[expert](_silu_mul(self.gate_up[expert](x)))
-                parts.append(out[:count])
-                begin += count
+        Rows from ``num_rows`` on are padding, visit no expert, and come out as zeros.
+        """
+        top_k = experts_NK.shape[1]
+        local_M = experts_NK[:num_rows].reshape(-1) - self.first
+        if self.count < self.total:
+            here_M = (local_M >= 0) & (local_M < self.count)
+            local_M = torch.where(here_M, local_M, self.count)
+        # Tokens are sorted by expert once, strangers' last; each expert then has a slice.
+        order_M = local_M.argsort(stable=True)
+        # Not bincount, which asks the device for its largest value.
+        counts_E = local_M.new_zeros(self.count + 1)
+        counts_E = counts_E.scatter_add_(0, local_M, torch.ones_like(local_M))[: self.count]
+        sorted_MH = x_NH.index_select(0, order_M // top_k)
+        out_MH = self.down(self.swiglu(self.gate_up(sorted_MH, counts_E)), counts_E)
+        if self.count < self.total:
+            out_MH = torch.where(here_M.index_select(0, order_M).unsqueeze(1), out_MH, 0)
         # Back to token order, so that a token's sum does not depend on the rest of the step.
-        out_NH = x_TH.new_zeros(len(x_TH) * self.top_k, x_TH.shape[1])
-        out_NH.index_copy_(0, order_N, torch.cat(parts))
-        out_TKH = out_NH.view(-1, self.top_k, x_TH.shape[-1])
-        return (out_TKH * weights_TK.unsqueeze(-1)).sum(1)
+        out_NH = x_NH.new_zeros(len(x_NH) * top_k, x_NH.shape[1]).index_copy_(0, order_M, out_MH)
+        out_NKH = out_NH.view(-1, top_k, x_NH.shape[1])
+        return (out_NKH * weights_NK.unsqueeze(-1)).sum(1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moe:
+    """A mixture of experts, with or without shared ones that see every token."""
+
+    config: MoeConfig
+    router: Linear
+    router_dtype: torch.dtype
+    correction_E: Tensor | None
+    routing: Callable[[Tensor, Tensor | None, MoeConfig], tuple[Tensor, Tensor]]
+    experts: LocalExperts
+    exchange: Exchange
+    shared: Mlp | None
 
     @property
     def row_quantum(self) -> int:
-        """Of the step's tokens; the experts' own products are padded here."""
-        return self.router.row_quantum
+        """Of the step's tokens; the experts' own products are padded by themselves."""
+        return max(self.router.row_quantum, 1 if self.shared is None else self.shared.row_quantum)
 
-    def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and numbers of each token's experts, both [T, K], best first."""
-        probs_TE = torch.softmax(self.router(x_TH), -1, dtype=torch.float32)
-        weights_TK, experts_TK = probs_TE.topk(self.top_k, -1)
-        if self.renormalise:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return weights_TK.to(x_TH.dtype), experts_TK
+    def __call__(self, x_TH: Tensor, inputs: StepInputs) -> Tensor:
+        """[T, H] → [T, H]."""
+        logits_TE = self.router(x_TH.to(self.router_dtype))
+        weights_TK, experts_TK = self.routing(logits_TE, self.correction_E, self.config)
+        out_TH = self.exchange(
+            x_TH,
+            experts_TK,
+            weights_TK.to(x_TH.dtype),
+            inputs.num_tokens,
+            inputs.group_tokens,
+            self.experts,
+        )
+        return out_TH if self.shared is None else out_TH + self.shared(x_TH, inputs)
+
+
+def embed(token_ids_T: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table that may have its file's dtype: cast after the lookup, to the same bits."""
+    return F.embedding(token_ids_T, weight).to(dtype)

@@ -19,13 +19,13 @@ import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic
 
 from baton.core.clock import Clock
 from baton.core.errors import Aborted, Stage
-from baton.engine.engine import Engine
 from baton.engine.events import Event
-from baton.engine.plan import Runner, StepPlan, StepResult
+from baton.engine.interface import AnyPlan, AnyResult, StepEngine
+from baton.engine.plan import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class StepCounters:
     """Time spent in schedule and commit."""
 
 
-class EngineLoop:
-    """Drives one engine on one runner until ``stop``.
+class EngineLoop(Generic[AnyPlan, AnyResult]):
+    """Drives one engine (or group of engines) on one runner of its kind until ``stop``.
 
     Args:
         engine: decides; used only on the event loop that calls :meth:`run`.
@@ -61,16 +61,16 @@ class EngineLoop:
 
     def __init__(
         self,
-        engine: Engine,
-        runner: Runner,
+        engine: StepEngine[AnyPlan, AnyResult],
+        runner: Runner[AnyPlan, AnyResult],
         *,
         clock: Clock,
         on_events: Callable[[Sequence[Event]], None],
         on_failed: Callable[[Sequence[str], BaseException], None],
         max_in_flight: int,
     ) -> None:
-        self._engine = engine
-        self._runner = runner
+        self._engine: StepEngine[AnyPlan, AnyResult] = engine
+        self._runner: Runner[AnyPlan, AnyResult] = runner
         self._clock = clock
         self._on_events = on_events
         self._on_failed = on_failed
@@ -79,7 +79,7 @@ class EngineLoop:
         self._stopping = False
         self._failures_in_a_row = 0
         self._running: asyncio.Task[None] | None = None
-        self._in_flight: collections.deque[tuple[StepPlan, asyncio.Future[StepResult]]]
+        self._in_flight: collections.deque[tuple[AnyPlan, asyncio.Future[AnyResult]]]
         self._in_flight = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="runner")
         self.counters = StepCounters()
@@ -104,7 +104,7 @@ class EngineLoop:
             await asyncio.wait([self._in_flight[0][1]])
             self._commit_done()
 
-    def _plan(self) -> StepPlan | None:
+    def _plan(self) -> AnyPlan | None:
         started = self._clock.now()
         events = self._engine.admit(started)
         if events:
@@ -113,7 +113,7 @@ class EngineLoop:
         self.counters.host_s += self._clock.now() - started
         return plan
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: AnyPlan) -> None:
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._thread, self._runner.execute, plan)
         future.add_done_callback(lambda _: self.wake())
@@ -140,7 +140,7 @@ class EngineLoop:
                         f"{self._failures_in_a_row} steps failed in a row"
                     ) from error
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+    def _commit(self, plan: AnyPlan, result: AnyResult) -> None:
         self._failures_in_a_row = 0
         started = self._clock.now()
         events = self._engine.commit(plan, result, started)

@@ -13,7 +13,7 @@ parameters, token counts for penalties, and the last sampled token.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from baton.core.request import SamplingParams, TokenLogprobs
 
@@ -91,10 +91,40 @@ class StepResult:
     """Time in ``execute``."""
 
 
-class Runner(Protocol):
+@dataclasses.dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One step of an engine with several dp groups: a plan for each, in order of dp rank.
+
+    Block and slot numbers are each group's own. A group without a plan takes part idle.
+    """
+
+    step: int
+    plans: tuple[StepPlan | None, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step, by all groups."""
+        return sum(plan.num_tokens for plan in self.plans if plan is not None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GroupResult:
+    """The outcome of a group plan: ``None`` for groups without a plan."""
+
+    step: int
+    results: tuple[StepResult | None, ...]
+    seconds: float
+    """Time in ``execute``."""
+
+
+PlanT = TypeVar("PlanT", StepPlan, GroupPlan, contravariant=True)
+ResultT = TypeVar("ResultT", StepResult, GroupResult, covariant=True)
+
+
+class Runner(Protocol[PlanT, ResultT]):
     """Computes plans. Called from one thread, in the order of ``plan.step``."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: PlanT) -> ResultT:
         """Run the model on all rows, write their KV, sample where asked."""
 
     def close(self) -> None:

@@ -18,7 +18,6 @@ Several plans: a sequence counts the tokens that uncommitted plans will draw as 
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Iterable
@@ -40,6 +39,8 @@ from baton.engine.states import (
 )
 
 _S, _E = SequenceState, SequenceEvent
+_RUNNING, _READY = _S.RUNNING, _S.READY
+"""A member looked up in its class takes as long as all the rest of a comparison."""
 
 
 class PlannedRow(NamedTuple):
@@ -50,9 +51,8 @@ class PlannedRow(NamedTuple):
     lineage: int
 
 
-@dataclasses.dataclass(slots=True)
-class _Draft:
-    """A row before its uniform is drawn."""
+class _Draft(NamedTuple):
+    """A row before its uniform is drawn. Fields in the order of ``SequenceStep``."""
 
     sequence: Sequence
     slot: int
@@ -180,7 +180,8 @@ class Scheduler:
         drafts: list[_Draft] = []
         prefills: list[Sequence] = []
         for sequence in order:
-            if sequence.state not in (_S.RUNNING, _S.READY) or sequence.draws_last_token:
+            state = sequence.state
+            if (state is not _RUNNING and state is not _READY) or sequence.draws_last_token:
                 continue
             if sequence.num_uncomputed > 1:
                 prefills.append(sequence)
@@ -190,7 +191,7 @@ class Scheduler:
         for sequence in prefills:
             if not budget:
                 return drafts
-            if sequence.state not in (_S.RUNNING, _S.READY):
+            if sequence.state not in (_RUNNING, _READY):
                 continue
             if sequence.slot is None and not self._free_slots:
                 continue
@@ -215,7 +216,8 @@ class Scheduler:
 
     def _row(self, sequence: Sequence, num_tokens: int, begins: list[SlotBegin]) -> _Draft:
         """Plan ``num_tokens`` tokens of a sequence, which starts if it does not run yet."""
-        if sequence.slot is None:
+        slot = sequence.slot
+        if slot is None:
             slot = self._free_slots.pop()
             self.move(sequence, _E.START)
             sequence.slot = slot
@@ -225,17 +227,18 @@ class Scheduler:
         start = sequence.num_computed
         end = start + num_tokens
         known = len(sequence.token_ids)
+        sample = end >= known
         draft = _Draft(
-            sequence=sequence,
-            slot=sequence.slot,
-            start=start,
-            token_ids=tuple(sequence.token_ids[start:end]) if start < known else None,
-            block_table=sequence.block_table(self.blocks.blocks_for(end)),
-            sample=end >= known,
-            output_index=sequence.next_output_index,
+            sequence,
+            slot,
+            start,
+            tuple(sequence.token_ids[start:end]) if start < known else None,
+            sequence.block_table(-(-end // self.blocks.block_size)),
+            sample,
+            known + sequence.num_in_flight - sequence.num_prompt_tokens,
         )
         sequence.num_computed = end
-        sequence.num_in_flight += draft.sample
+        sequence.num_in_flight += sample
         sequence.num_plans += 1
         return draft
 
@@ -380,7 +383,7 @@ def _with_uniforms(drafts: list[_Draft]) -> tuple[SequenceStep, ...]:
     drawing = [
         (draft.sequence.submission, draft.output_index)
         for draft in drafts
-        if draft.sample and not draft.sequence.submission.sampling.greedy
+        if draft.sample and not draft.sequence.is_greedy
     ]
     draws: list[float] = []
     if drawing:
@@ -390,21 +393,17 @@ def _with_uniforms(drafts: list[_Draft]) -> tuple[SequenceStep, ...]:
             [index for _, index in drawing],
         ).tolist()
     remaining = iter(draws)
-    rows: list[SequenceStep] = []
-    for draft in drafts:
-        sequence = draft.sequence
-        draws_one = draft.sample and not sequence.submission.sampling.greedy
-        rows.append(
+    return tuple(
+        [
             SequenceStep(
-                slot=draft.slot,
-                start=draft.start,
-                token_ids=draft.token_ids,
-                block_table=draft.block_table,
-                sample=draft.sample,
-                uniform=next(remaining) if draws_one else 0.0,
-                prompt_logprobs=(
-                    sequence.owes_prompt_logprobs and draft.start + 1 < sequence.num_prompt_tokens
-                ),
+                slot,
+                start,
+                token_ids,
+                block_table,
+                sample,
+                next(remaining) if sample and not sequence.is_greedy else 0.0,
+                sequence.owes_prompt_logprobs and start + 1 < sequence.num_prompt_tokens,
             )
-        )
-    return tuple(rows)
+            for sequence, slot, start, token_ids, block_table, sample, _ in drafts
+        ]
+    )

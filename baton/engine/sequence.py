@@ -18,6 +18,8 @@ Rank = tuple[int, int]
 class Sequence:
     """Mutable; only the scheduler and the engine change it. Compared by identity.
 
+    What a step asks of each sequence, and never changes, is a field and not looked up each time.
+
     ``0 <= num_committed <= num_computed <= len(token_ids) + num_in_flight`` holds, and
     ``num_in_flight`` tokens that uncommitted plans will draw follow ``token_ids``.
     """
@@ -57,17 +59,18 @@ class Sequence:
     """Prompt tokens found in the cache at first; ``None`` before, and again once reported."""
     has_looked_up: bool = False
     prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    request_id: str = dataclasses.field(init=False)
+    """Of the submission."""
+    num_prompt_tokens: int = dataclasses.field(init=False)
+    """Without outputs."""
+    is_greedy: bool = dataclasses.field(init=False)
+    """It draws no numbers."""
     _table: tuple[int, ...] = ()
 
-    @property
-    def request_id(self) -> str:
-        """Of the submission."""
-        return self.submission.request_id
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Without outputs."""
-        return len(self.submission.prompt_ids)
+    def __post_init__(self) -> None:
+        self.request_id = self.submission.request_id
+        self.num_prompt_tokens = len(self.submission.prompt_ids)
+        self.is_greedy = self.submission.sampling.greedy
 
     @property
     def num_uncomputed(self) -> int:
@@ -89,10 +92,11 @@ class Sequence:
 
     def block_table(self, num_blocks: int) -> tuple[int, ...]:
         """The first ``num_blocks`` blocks; the whole table is copied only when it has changed."""
+        if num_blocks == len(self._table) == len(self.blocks):
+            return self._table
         if num_blocks < len(self.blocks):
             return tuple(self.blocks[:num_blocks])
-        if len(self._table) != len(self.blocks):
-            self._table = tuple(self.blocks)
+        self._table = tuple(self.blocks)
         return self._table
 
     def take_blocks(self) -> list[int]:

@@ -12,6 +12,8 @@ D head dim, N a flat count.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +30,9 @@ Int64s = npt.NDArray[np.int64]
 
 SPLIT_TOKENS = 1024
 """A batch of decode rows is split where that saves so many tokens of padding."""
+GATHER_TOKENS = 65536
+"""Most tokens whose keys and values a batch of decode rows gathers at once, if it is not one row:
+what a step needs for it must not grow with rows times context."""
 QUERY_TILE = 128
 """Chunk queries attend in tiles, so that early ones skip the keys that come after them."""
 QUERY_QUANTUM = 4
@@ -58,7 +63,7 @@ class Segment:
     begin: int
     end: int
     pages_LN: Tensor
-    """Pages of the rows' blocks per layer, keys of all rows before their values."""
+    """Pages of the rows' blocks per layer, plane by plane."""
     context: int
     """Keys per row, padding included."""
     mask_B11S: Tensor | None = None
@@ -75,11 +80,13 @@ class StepInputs:
     """Without padding, which fills T up to a multiple of the row quantum."""
     token_ids_T: Tensor
     positions_T: Tensor
-    rows_LT2: Tensor
-    """Where each layer writes each token's key and value; padding has none."""
+    rows_LTP: Tensor
+    """Where each layer writes each token's planes; padding has none."""
     segments: tuple[Segment, ...]
     first_tokens: tuple[int, ...]
     """Per plan row: index of its first token in T; its tokens are neighbours."""
+    group_tokens: tuple[int, ...]
+    """Tokens of every dp group in this step, without padding."""
 
 
 def build_inputs(
@@ -90,42 +97,47 @@ def build_inputs(
     device: torch.device,
     dtype: torch.dtype,
     row_quantum: int = 1,
+    shard: int = 0,
+    group_tokens: tuple[int, ...] | None = None,
 ) -> StepInputs:
-    """Lay out a step. ``dtype`` is the model's, which attention masks share."""
-    order = sorted(
-        range(len(rows)),
-        key=lambda i: (0, -rows[i].start) if rows[i].num_tokens == 1 else (1, i),
-    )
-    ordered = [rows[i] for i in order]
-    num_single = sum(row.num_tokens == 1 for row in ordered)
-    counts = np.fromiter((row.num_tokens for row in ordered), np.int64, len(ordered))
+    """Lay out a step. ``dtype`` is the model's, which attention masks share.
+
+    Without rows it is the step of an idle group: padding only.
+    """
+    counts = np.fromiter((row.num_tokens for row in rows), np.int64, len(rows))
+    starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
+    order, num_single = _order(starts, counts)
+    ordered = [rows[i] for i in order.tolist()]
+    counts, starts = counts[order], starts[order]
     ends = np.cumsum(counts)
     begins = ends - counts
-    first_tokens = [0] * len(rows)
-    for place, i in enumerate(order):
-        first_tokens[i] = int(begins[place])
+    first_tokens = np.empty_like(begins)
+    first_tokens[order] = begins
 
     upload = _Upload()
-    num_tokens = int(ends[-1])
-    padding = (0, -num_tokens % row_quantum)
-    upload.add(np.pad(_token_ids(ordered), padding))
-    starts = np.fromiter((row.start for row in ordered), np.int64, len(ordered))
+    num_tokens = int(counts.sum())
+    num_padded = max(num_tokens, 1) + -max(num_tokens, 1) % row_quantum
+    upload.add(_padded(_token_ids(ordered, num_tokens), num_padded))
     positions = np.repeat(starts - begins, counts) + np.arange(num_tokens)
-    upload.add(np.pad(positions, padding))
-    upload.add(_written_rows(ordered, counts, positions, layout))
+    upload.add(_padded(positions, num_padded))
+    tables = _Tables.of(ordered)
+    upload.add(_written_rows(tables, counts, positions, layout))
     late = [i for i, row in enumerate(ordered) if row.token_ids is None]
     upload.add(begins[late])
     upload.add(np.fromiter((ordered[i].slot for i in late), np.int64, len(late)))
-    batches = _batches(ordered[:num_single], layout.block_size)
+    batches = _batches(starts[:num_single], layout.block_size)
     batches += [(i, i + 1) for i in range(num_single, len(ordered))]
     for begin, end in batches:
-        upload.add(_pages(ordered[begin:end], layout))
+        lengths = starts[begin:end] + counts[begin:end]
+        upload.add(_pages(tables, slice(begin, end), lengths, layout))
     token_ids, device_positions, written, late_at, late_slots, *pages = upload.send(device)
 
     if late:
         token_ids.index_copy_(0, late_at, last_token_by_slot.index_select(0, late_slots))
-    layers_L1 = torch.arange(layout.num_layers, device=device).unsqueeze(1) * 2
-    rows_LT2 = written.view(1, -1, 2) + (layers_L1 * layout.block_size).unsqueeze(2)
+    planes = layout.num_planes
+    layers_L1 = torch.arange(layout.num_layers, device=device).unsqueeze(1) * planes
+    layers_L1 += shard * layout.num_layers * planes
+    rows_LTP = written.view(1, -1, planes) + (layers_L1 * layout.block_size).unsqueeze(2)
     segments = []
     for (begin, end), pages_N in zip(batches, pages, strict=True):
         pages_LN = pages_N.unsqueeze(0) + layers_L1
@@ -144,9 +156,10 @@ def build_inputs(
         num_tokens,
         token_ids,
         device_positions,
-        rows_LT2,
+        rows_LTP,
         tuple(segments),
-        tuple(first_tokens),
+        tuple(first_tokens.tolist()),
+        (num_tokens,) if group_tokens is None else group_tokens,
     )
 
 
@@ -165,58 +178,89 @@ class _Upload:
         return torch.split_with_sizes(torch.from_numpy(together).to(device), sizes)
 
 
-def _token_ids(rows: Sequence[SequenceStep]) -> Int64s:
-    tokens: list[int] = []
-    for row in rows:
-        tokens.extend((0,) if row.token_ids is None else row.token_ids)
-    return np.array(tokens, dtype=np.int64)
+def _order(starts: Int64s, counts: Int64s) -> tuple[Int64s, int]:
+    """Rows of one token first, longest context first, then the others; how many are of the first.
+
+    Equals stay in their order.
+    """
+    single = counts == 1
+    by_context = np.where(single, -starts, 0)
+    return np.lexsort((by_context, ~single)), int(np.count_nonzero(single))
 
 
-def _written_rows(
-    rows: Sequence[SequenceStep], counts: Int64s, positions: Int64s, layout: KVLayout
-) -> Int64s:
-    """[T, 2]: the cache rows of layer 0 that take each token's key and value."""
+def _padded(values: Int64s, size: int) -> Int64s:
+    """With zeros up to ``size``; ``np.pad`` takes longer than all the rest of a small step."""
+    result = np.zeros(size, np.int64)
+    result[: len(values)] = values
+    return result
+
+
+def _token_ids(rows: Sequence[SequenceStep], num_tokens: int) -> Int64s:
+    tokens = ((0,) if row.token_ids is None else row.token_ids for row in rows)
+    return np.fromiter(itertools.chain.from_iterable(tokens), np.int64, num_tokens)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tables:
+    """The block tables of all rows, one after the other: converted once, then only indexed."""
+
+    blocks_N: Int64s
+    offsets_B: Int64s
+    """Where each row's table begins."""
+
+    @staticmethod
+    def of(rows: Sequence[SequenceStep]) -> _Tables:
+        tables = [row.block_table for row in rows]
+        lengths = np.fromiter(map(len, tables), np.int64, len(tables))
+        blocks = list(itertools.chain.from_iterable(tables))
+        # Three times as fast as any of numpy's own ways, for what is longest of all a plan holds.
+        packed = struct.pack(f"={len(blocks)}q", *blocks)
+        return _Tables(np.frombuffer(packed, np.int64), np.cumsum(lengths) - lengths)
+
+
+def _written_rows(tables: _Tables, counts: Int64s, positions: Int64s, layout: KVLayout) -> Int64s:
+    """[T, planes]: the cache rows of layer 0 of shard 0 that take each token's planes."""
     size = layout.block_size
-    firsts = [row.start // size for row in rows]
-    touched = [
-        np.array(row.block_table[first : (row.start + row.num_tokens - 1) // size + 1], np.int64)
-        for row, first in zip(rows, firsts, strict=True)
-    ]
-    lengths = np.fromiter(map(len, touched), np.int64, len(touched))
-    shift = np.repeat(np.cumsum(lengths) - lengths - np.array(firsts), counts)
-    blocks = np.concatenate(touched)[positions // size + shift]
-    keys = blocks * (layout.num_layers * 2 * size) + positions % size
-    return np.stack((keys, keys + size), axis=1)
+    blocks = tables.blocks_N[np.repeat(tables.offsets_B, counts) + positions // size]
+    first: Int64s = blocks * (layout.num_pages * size) + positions % size
+    return first[:, np.newaxis] + np.arange(layout.num_planes) * size
 
 
-def _batches(rows: Sequence[SequenceStep], block_size: int) -> list[tuple[int, int]]:
-    """Split rows, longest first, into batches that waste little on padding."""
+def _batches(starts: Int64s, block_size: int) -> list[tuple[int, int]]:
+    """Split rows of one token, longest first, into batches that waste little on padding."""
+    if not len(starts):
+        return []
+    quantum = np.where(starts < WHOLE_KEYS, KEY_QUANTUM, KEY_BLOCK)
+    widths = (starts // quantum + 1) * quantum  # _padded_keys of each start + 1
     batches: list[tuple[int, int]] = []
-    begin = 0
-    for i, row in enumerate(rows):
-        saved = (rows[begin].start - row.start) * (len(rows) - i)
-        if saved > max(SPLIT_TOKENS, block_size):
+    begin, count = 0, len(starts)
+    # Between two changes of width, splitting at the first row saves most.
+    for i in (np.flatnonzero(np.diff(widths)) + 1).tolist():
+        if int(widths[begin] - widths[i]) * (count - i) > max(SPLIT_TOKENS, block_size):
             batches.append((begin, i))
             begin = i
-    if rows:
-        batches.append((begin, len(rows)))
-    return batches
+    batches.append((begin, count))
+    if count * int(widths[0]) <= GATHER_TOKENS:
+        return batches
+    parts: list[tuple[int, int]] = []
+    for begin, end in batches:
+        most = max(1, GATHER_TOKENS // int(widths[begin]))
+        parts += [(first, min(first + most, end)) for first in range(begin, end, most)]
+    return parts
 
 
-def _pages(rows: Sequence[SequenceStep], layout: KVLayout) -> Int64s:
-    """[2, B, blocks]: layer 0's pages of the rows' contexts.
+def _pages(tables: _Tables, rows: slice, lengths: Int64s, layout: KVLayout) -> Int64s:
+    """[planes, B, blocks]: layer 0's pages of the rows' contexts, in shard 0.
 
-    Short tables repeat the row's own first block: another may just be written by a transfer.
+    ``lengths`` [B]: tokens of each row, this step's included. Short tables repeat the row's own
+    first block: another may just be written by a transfer.
     """
-    longest = max(row.start + row.num_tokens for row in rows)
-    width = -(-_padded_keys(longest) // layout.block_size)
-    tables = np.empty((len(rows), width), dtype=np.int64)
-    for i, row in enumerate(rows):
-        used = -(-(row.start + row.num_tokens) // layout.block_size)
-        tables[i, :used] = row.block_table[:used]
-        tables[i, used:] = row.block_table[0]
-    keys = tables * (layout.num_layers * 2)
-    return np.stack((keys, keys + 1))
+    used = -(-lengths // layout.block_size)
+    column = np.arange(-(-_padded_keys(int(lengths.max())) // layout.block_size))
+    within = column * (column < used[:, np.newaxis])
+    blocks: Int64s = tables.blocks_N[tables.offsets_B[rows, np.newaxis] + within]
+    planes = np.arange(layout.num_planes)[:, np.newaxis, np.newaxis]
+    return blocks * layout.num_pages + planes
 
 
 def _tiles(
@@ -239,6 +283,7 @@ def _padded_keys(count: int) -> int:
 
 def _mask(positions_T: Tensor, context: int, dtype: torch.dtype) -> Tensor:
     """[T, context]: -inf where a key comes after the query's position."""
-    keys = torch.arange(context, device=positions_T.device)
-    mask = torch.zeros(len(positions_T), context, dtype=dtype, device=positions_T.device)
-    return mask.masked_fill_(keys.unsqueeze(0) > positions_T.unsqueeze(1), float("-inf"))
+    step = torch.zeros(2 * context, dtype=dtype, device=positions_T.device)
+    step[context:] = float("-inf")
+    # Each row is the same step, moved: to copy it is many times faster than to compare positions.
+    return step.unfold(0, context, 1).index_select(0, context - 1 - positions_T)

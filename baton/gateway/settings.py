@@ -40,8 +40,10 @@ class GatewaySettings:
         cls, config: ServeConfig, *, controller_address: str, gateway_id: str, node_id: str
     ) -> GatewaySettings:
         """The gateway of ``baton serve``."""
-        cache_tokens = config.engine.num_blocks * config.engine.block_size
-        bounds = (config.engine.max_model_len, cache_tokens)
+        engine = config.engine
+        # Where the instances measure the size of their caches, they report it.
+        measured = engine.num_blocks is None
+        bounds = (engine.max_model_len, None if measured else engine.kv_blocks * engine.block_size)
         return cls(
             model=config.model,
             served_model_name=config.served_model_name or Path(config.model).resolve().name,
@@ -51,7 +53,7 @@ class GatewaySettings:
             controller_address=controller_address,
             gateway_id=gateway_id,
             node_id=node_id,
-            max_model_len=min(bound for bound in bounds if bound is not None),
+            max_model_len=min((bound for bound in bounds if bound is not None), default=None),
             dtype=config.engine.dtype,
             limits=config.gateway,
         )

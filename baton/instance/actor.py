@@ -27,10 +27,13 @@ class InstanceActor:
 
     def __init__(self, spec: InstanceSpec) -> None:
         # Only here: the launcher's process names this class, and must not pay for torch.
+        from baton.instance.rank_actor import RayRankLauncher
         from baton.instance.server import InstanceServer
 
         self._server = HostedServer(
-            spec.instance_id, lambda: InstanceServer(spec), start_timeout_s=_START_TIMEOUT_S
+            spec.instance_id,
+            lambda: InstanceServer(spec, RayRankLauncher),
+            start_timeout_s=_START_TIMEOUT_S,
         )
 
     def ready(self) -> int:

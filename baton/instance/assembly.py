@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from baton.core.clock import Clock
 from baton.core.config import HandoffConfig
-from baton.engine.engine import Engine
+from baton.engine.interface import AnyPlan, AnyResult, StepEngine
 from baton.engine.loop import EngineLoop
 from baton.engine.plan import Runner
 from baton.instance.instance import Instance
@@ -23,7 +24,7 @@ class InstanceParts:
     """What works together on one event loop. ``loop.run()`` is for the owner to start."""
 
     instance: Instance
-    loop: EngineLoop
+    loop: EngineLoop[Any, Any]
     prefill: PrefillWorker
     decode: DecodeWorker
 
@@ -39,8 +40,8 @@ class InstanceParts:
 def assemble(
     instance_id: str,
     *,
-    engine: Engine,
-    runner: Runner,
+    engine: StepEngine[AnyPlan, AnyResult],
+    runner: Runner[AnyPlan, AnyResult],
     cache: KVCache,
     transports: TransportSet,
     role: RoleSwitch,

@@ -25,8 +25,8 @@ from baton.core.clock import Clock
 from baton.core.cluster import InstanceLoad, Target
 from baton.core.errors import BatonError, Code, Fenced, InvalidRequest, Refused, Stage
 from baton.core.request import FinishReason, Part, Submission, TokenOutput
-from baton.engine.engine import Engine
 from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
+from baton.engine.interface import SequenceEngine
 from baton.instance.hub import TokenHub
 from baton.instance.roles import RoleSwitch
 from decode_worker.worker import DecodeWorker
@@ -74,7 +74,7 @@ class Instance:
         self,
         instance_id: str,
         *,
-        engine: Engine,
+        engine: SequenceEngine,
         role: RoleSwitch,
         clock: Clock,
         vocab_size: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry
@@ -23,7 +24,7 @@ class InstanceCollector(Collector):
     def __init__(
         self,
         instance: Instance,
-        loop: EngineLoop,
+        loop: EngineLoop[Any, Any],
         prefill: PrefillWorker,
         decode: DecodeWorker,
         process: psutil.Process,
@@ -133,7 +134,7 @@ class InstanceCollector(Collector):
 
 def make_registry(
     instance: Instance,
-    loop: EngineLoop,
+    loop: EngineLoop[Any, Any],
     prefill: PrefillWorker,
     decode: DecodeWorker,
     process: psutil.Process,

@@ -37,7 +37,7 @@ class PoolClient:
         self._address = spec.pool_address
 
     async def allocate(self, *, block_bytes: int, layout: str) -> BlockArena:
-        """A shared arena for ``engine.num_blocks`` blocks.
+        """A shared arena for the blocks of all of the instance's dp groups.
 
         Raises ConfigError where the machine has no room for it, Unavailable where the pool node
         does not answer: a later start may find it.
@@ -48,7 +48,7 @@ class PoolClient:
             instance_id=self._spec.instance_id,
             nonce=self._nonce,
             pid=os.getpid(),
-            num_blocks=self._spec.engine.num_blocks,
+            num_blocks=self._spec.num_blocks,
             block_bytes=block_bytes,
             layout=layout,
         )

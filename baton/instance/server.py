@@ -1,8 +1,9 @@
 """An instance as a process: builds its parts, serves the data plane, stops cleanly.
 
-Order matters at start: checkpoint, arena, runner (loads the weights), engine, transports, gRPC
-server, warm-up, and only then the registration with the controller, so that nothing is placed on
-an instance that cannot serve.
+Order matters at start: checkpoint, arena, runner (loads the weights), the measuring of its largest
+steps (which warms it up), engine, transports, gRPC server, and only then the registration with the
+controller, so that nothing is placed on an instance that cannot serve. Where the arena is to be
+what memory is left, it comes after the measuring.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import dataclasses
 import logging
 import os
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -23,10 +25,19 @@ from prometheus_client import make_asgi_app
 from baton.core.blocks import block_salt
 from baton.core.clock import SystemClock
 from baton.core.cluster import InstanceInfo, InstanceLoad
+from baton.core.errors import ConfigError, RankLost
 from baton.engine.checkpoint import open_checkpoint
-from baton.engine.engine import Engine
+from baton.engine.group import make_engine
 from baton.engine.models.config import kv_layout, resolve_max_model_len
-from baton.engine.runner import InlineRunner
+from baton.engine.parallel.launch import ProcessLauncher, RankLauncher
+from baton.engine.parallel.mesh import Axes
+from baton.engine.parallel.runner import (
+    RankedGroupRunner,
+    RankedRunner,
+    make_ranked_runner,
+)
+from baton.engine.plan import Runner
+from baton.engine.runners import check_ranks
 from baton.instance.assembly import assemble
 from baton.instance.metrics import make_registry
 from baton.instance.pool_client import PoolClient
@@ -35,10 +46,14 @@ from baton.instance.service import InstanceService
 from baton.instance.session import ControllerSession
 from baton.instance.spec import InstanceSpec
 from kvpool.arena import BlockArena
+from kvpool.layout import KVLayout
 from kvpool.transports import TransportSet, make_transports
 from protos.baton.internal.v1 import instance_pb2_grpc
 from protos.http import HttpServer
 from protos.serving import server_options
+
+if TYPE_CHECKING:
+    from baton.engine.runner import InlineRunner
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +64,12 @@ _GRACE_S = 0.5
 class InstanceServer:
     """One instance, from start to stop. Implements ``protos.serving.Service``."""
 
-    def __init__(self, spec: InstanceSpec) -> None:
+    def __init__(
+        self, spec: InstanceSpec, launcher: Callable[[], RankLauncher] = ProcessLauncher
+    ) -> None:
+        """``launcher``: what starts the ranks, where there are several."""
         self.spec = spec
+        self._launcher = launcher
         self._process = psutil.Process()
         self._nonce = secrets.randbits(63)
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
@@ -75,16 +94,16 @@ class InstanceServer:
         clock = SystemClock()
         self._checkpoint = checkpoint = open_checkpoint(spec.model)
         layout = kv_layout(checkpoint.config, spec.engine)
-        self._max_model_len = resolve_max_model_len(checkpoint.config, spec.engine)
-        self._cache = await self._make_cache(layout.block_bytes, layout.text)
         loop = asyncio.get_running_loop()
-        runner = await loop.run_in_executor(
-            None,
-            lambda: InlineRunner(checkpoint, spec.engine, kv_buffer=self._cache.buffer),
-        )
-        self._exit.push_async_callback(loop.run_in_executor, None, runner.close)
-        await loop.run_in_executor(None, runner.warm_up)
-        engine = Engine(
+        runner: Runner[Any, Any]
+        if Axes(spec.engine.tp, spec.engine.ep, spec.engine.dp).world_size > 1:
+            runner = await self._start_ranks(layout)
+        else:
+            runner = await self._load_inline(layout)
+        spec = self.spec
+        self._max_model_len = resolve_max_model_len(checkpoint.config, spec.engine)
+        self._memory = runner.memory
+        engine = make_engine(
             spec.engine,
             max_model_len=self._max_model_len,
             salt=block_salt(model_fingerprint=checkpoint.fingerprint, layout=layout.text),
@@ -121,6 +140,74 @@ class InstanceServer:
         self._exit.push_async_callback(_cancel, session)
         await self._registered()
 
+    async def _load_inline(self, layout: KVLayout) -> InlineRunner:
+        """The runner of a single rank, in this process, and the arena that it computes in."""
+        # Only here: the driver of other processes' ranks does without torch.
+        from baton.engine.runner import InlineRunner
+
+        spec, checkpoint = self.spec, self._checkpoint
+        loop = asyncio.get_running_loop()
+        buffer = None
+        if spec.engine.num_blocks is not None:
+            self._cache = await self._make_cache(layout.block_bytes, layout.text)
+            buffer = self._cache.buffer
+        runner = await loop.run_in_executor(
+            None, lambda: InlineRunner(checkpoint, spec.engine, kv_buffer=buffer)
+        )
+        self._exit.push_async_callback(loop.run_in_executor, None, runner.close)
+        fitted = await loop.run_in_executor(None, runner.fit)
+        self.spec = dataclasses.replace(spec, engine=fitted)
+        if buffer is None:
+            self._cache = await self._make_cache(layout.block_bytes, layout.text)
+            runner.attach(fitted.kv_blocks, self._cache.buffer)
+            # It must let go of the arena before that is closed.
+            self._exit.push_async_callback(loop.run_in_executor, None, runner.close)
+        self._memory = runner.memory
+        return runner
+
+    async def _start_ranks(self, layout: KVLayout) -> RankedRunner | RankedGroupRunner:
+        """The runner of several ranks, each a process that maps the arena."""
+        spec, checkpoint = self.spec, self._checkpoint
+        check_ranks(checkpoint, spec.engine)
+        if spec.engine.num_blocks is None or spec.pool_address is None:
+            raise ConfigError(
+                "several ranks need engine.num_blocks, and a pool node for the blocks that they "
+                "share",
+                param="engine.num_blocks",
+            )
+        self._cache = await self._make_cache(layout.block_bytes, layout.text)
+        loop = asyncio.get_running_loop()
+
+        def lost(error: RankLost) -> None:
+            loop.call_soon_threadsafe(self._on_rank_lost, error)
+
+        def load() -> RankedRunner | RankedGroupRunner:
+            runner = make_ranked_runner(
+                checkpoint,
+                spec.engine,
+                launcher=self._launcher(),
+                arena=self._cache,
+                instance_id=spec.instance_id,
+                on_lost=lost,
+            )
+            try:
+                runner.fit()
+            except BaseException:
+                runner.close()
+                raise
+            return runner
+
+        runner = await loop.run_in_executor(None, load)
+        self._exit.push_async_callback(loop.run_in_executor, None, runner.close)
+        self._memory = runner.memory
+        return runner
+
+    def _on_rank_lost(self, error: RankLost) -> None:
+        """The ranks of an instance live and die together, and the instance with them."""
+        if not self._failed.done():
+            logger.error("%s", error.message)
+            self._failed.set_result(error)
+
     async def stop(self) -> None:
         """Stop serving and release everything, however far the start came. Bounded."""
         await self._exit.aclose()
@@ -139,7 +226,7 @@ class InstanceServer:
         self._metrics_address = await metrics.start()
         server = grpc.aio.server(options=server_options())
         instance_pb2_grpc.add_InstanceServicer_to_server(
-            InstanceService(parts.instance, parts.prefill), server
+            InstanceService(parts.instance, parts.prefill, self._memory), server
         )
         self._exit.push_async_callback(server.stop, _GRACE_S)
         # Before the server waits for its calls to end: streams end by themselves now.
@@ -204,10 +291,10 @@ class InstanceServer:
             model_fingerprint=self._checkpoint.fingerprint,
             kv_layout=self._cache.layout,
             block_size=spec.engine.block_size,
-            num_blocks=spec.engine.num_blocks,
+            num_blocks=spec.num_blocks,
             max_model_len=self._max_model_len,
-            max_num_seqs=spec.engine.max_num_seqs,
-            max_num_batched_tokens=spec.engine.max_num_batched_tokens,
+            max_num_seqs=spec.engine.dp * spec.engine.max_num_seqs,
+            max_num_batched_tokens=spec.engine.dp * spec.engine.max_num_batched_tokens,
         )
 
     def _load(self) -> InstanceLoad:
@@ -221,7 +308,7 @@ class InstanceServer:
         spec = self.spec
         if spec.pool_address is None:
             arena = BlockArena.private(
-                num_blocks=spec.engine.num_blocks, block_bytes=block_bytes, layout=layout
+                num_blocks=spec.num_blocks, block_bytes=block_bytes, layout=layout
             )
             self._exit.callback(arena.close)
             return arena

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc.aio
@@ -11,6 +12,7 @@ import grpc.aio
 from baton.core.cluster import Target
 from baton.core.errors import BatonError
 from baton.core.request import Part
+from baton.engine.memory import MemoryMap
 from baton.instance.instance import Instance
 from prefill_worker.worker import PrefillWorker
 from protos.baton.internal.v1 import instance_pb2, instance_pb2_grpc
@@ -18,11 +20,17 @@ from protos.convert import error_to_info, outputs_to_batch, submission_from_reco
 
 
 class InstanceService(instance_pb2_grpc.InstanceServicer):
-    """The data plane's wire."""
+    """The data plane's wire. ``memory``: a map per rank; called in a thread."""
 
-    def __init__(self, instance: Instance, prefill: PrefillWorker) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        prefill: PrefillWorker,
+        memory: Callable[[], Sequence[MemoryMap]] = tuple,
+    ) -> None:
         self._instance = instance
         self._prefill = prefill
+        self._memory = memory
 
     async def Submit(
         self, request: instance_pb2.SubmitBatch, context: grpc.aio.ServicerContext[Any, Any]
@@ -82,3 +90,44 @@ class InstanceService(instance_pb2_grpc.InstanceServicer):
         async with contextlib.aclosing(self._prefill.serve(request_iterator)) as events:
             async for event in events:
                 yield event
+
+    async def Memory(
+        self, request: instance_pb2.MemoryRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> instance_pb2.MemoryReply:
+        """What each rank's memory is used for."""
+        maps = await asyncio.get_running_loop().run_in_executor(None, self._memory)
+        return instance_pb2.MemoryReply(
+            instance_id=self._instance.instance_id,
+            incarnation=self._instance.incarnation,
+            maps=[_map_record(item) for item in maps],
+        )
+
+
+def _map_record(item: MemoryMap) -> instance_pb2.MemoryMapRecord:
+    record = instance_pb2.MemoryMapRecord(
+        rank=item.rank,
+        device=item.device,
+        entries=[
+            instance_pb2.MemoryEntryRecord(tag=entry.tag, size=entry.size, in_use=entry.in_use)
+            for entry in item.entries
+        ],
+        in_use=item.in_use,
+        unaccounted=item.unaccounted,
+        imports=item.imports,
+        peak=item.peak,
+    )
+    if (needs := item.needs) is not None:
+        record.needs.CopyFrom(
+            instance_pb2.MemoryNeedsRecord(
+                held=needs.held,
+                prefill=needs.prefill,
+                decode=needs.decode,
+                mixed=needs.mixed,
+                reserve=needs.reserve,
+                margin=needs.margin,
+                limit=needs.limit,
+                block_bytes=needs.block_bytes,
+                seconds=needs.seconds,
+            )
+        )
+    return record

@@ -26,3 +26,8 @@ class InstanceSpec:
     """The machine's pool node; ``None`` keeps the KV cache in private memory (then TCP only)."""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     handoff: HandoffConfig = dataclasses.field(default_factory=HandoffConfig)
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of the instance: those of all its dp groups."""
+        return self.engine.dp * self.engine.kv_blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from baton.client.admin import AdminClient
 from tests.cluster.harness import Cluster
@@ -22,8 +22,12 @@ async def kill_under_load(
     *,
     num_tokens: int,
     concurrency: int,
+    pid_of: Callable[[str], int] | None = None,
 ) -> tuple[Load, dict[str, tuple[int, int]]]:
-    """Kill each victim in turn; wait until it is back. Returns the load and old → new lives."""
+    """Kill each victim in turn; wait until it is back. Returns the load and old → new lives.
+
+    ``pid_of``: what to kill of an instance; default: its own process.
+    """
     lives = {}
     with AdminClient(cluster.controller) as admin:
         async with streaming_load(
@@ -33,7 +37,8 @@ async def kill_under_load(
                 await asyncio.sleep(0.5)
                 before = _ready(admin, victim)
                 assert before is not None
-                os.kill(before[1], signal.SIGKILL)
+                pid = before[1] if pid_of is None else pid_of(victim)
+                os.kill(pid, signal.SIGKILL)
                 after = await _back(admin, victim, before[0])
                 lives[victim] = (before[0], after)
     return load, lives

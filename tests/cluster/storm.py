@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import statistics
 from collections.abc import Sequence
 
 import httpx
 
 from baton.client import AsyncBatonClient, generate_request
 from baton.core.errors import Aborted, DeadlineExceeded
-from tests.cluster.harness import Cluster, body, http_client, sse
+from tests.cluster.harness import Cluster, body, complete_all, http_client, sse
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,10 +33,15 @@ async def cancel_storm(
     concurrency: int,
     seed: int,
 ) -> list[End]:
-    """A third each: the HTTP connection dropped, the gRPC call cancelled, its deadline passed."""
+    """A third each: the HTTP connection dropped, the gRPC call cancelled, its deadline passed.
+
+    The moments are drawn around the time that this cluster, on this machine as busy as it is now,
+    takes for a few tokens: so some come before the first one and most in mid-stream.
+    """
     draw = random.Random(seed)
+    mean_s = 2 * await _time_of_a_few_tokens(cluster, prompts, concurrency)
     plans = [
-        (draw.choice(("disconnect", "cancel", "deadline")), draw.expovariate(1 / 0.3), prompt)
+        (draw.choice(("disconnect", "cancel", "deadline")), draw.expovariate(1 / mean_s), prompt)
         for prompt in (draw.choice(prompts) for _ in range(count))
     ]
     gate = asyncio.Semaphore(concurrency)
@@ -49,6 +55,16 @@ async def cancel_storm(
                 return await _cancel(rpc, prompt, after_s, by_deadline=kind == "deadline")
 
         return list(await asyncio.gather(*(one(*plan) for plan in plans)))
+
+
+async def _time_of_a_few_tokens(
+    cluster: Cluster, prompts: Sequence[Sequence[int]], concurrency: int
+) -> float:
+    """Median seconds of ``concurrency`` requests at a time for 16 tokens each."""
+    requests = [body(prompts[i % len(prompts)], max_tokens=16) for i in range(2 * concurrency)]
+    replies = await complete_all(cluster, requests, concurrency=concurrency)
+    assert all(reply.error is None for reply in replies)
+    return statistics.median(reply.seconds for reply in replies)
 
 
 async def _disconnect(client: httpx.AsyncClient, prompt: Sequence[int], after_s: float) -> End:

@@ -42,7 +42,7 @@ class ScriptedPeer:
         self.messages: list[instance_pb2.HandoffMessage] = []
         self.wanted = asyncio.Event()
         self.num_streams = 0
-        self.cache = BlockArena.private(CONFIG.num_blocks, BLOCK_SIZE * 4, "toy")
+        self.cache = BlockArena.private(CONFIG.kv_blocks, BLOCK_SIZE * 4, "toy")
         self.cache.generations[:] = 1
         self._transport = LoopbackTransport()
         exported = self._transport.export(self.cache)

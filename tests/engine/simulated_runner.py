@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from baton.core.philox import uniforms
 from baton.core.request import FinishReason, SamplingParams, Submission, TokenLogprobs
-from baton.engine.plan import RowResult, StepPlan, StepResult
+from baton.engine.plan import GroupPlan, GroupResult, RowResult, StepPlan, StepResult
 
 VOCABULARY = 23
 
@@ -108,3 +108,43 @@ class SimulatedRunner:
                 logprobs = tuple(prompt_logprob(history[:i], prompt[i]) for i in positions)
             results.append(RowResult(token_id, None, logprobs))
         return StepResult(plan.step, tuple(results), 0.0)
+
+    def close(self) -> None:
+        pass
+
+
+class SimulatedGroupRunner:
+    """A simulated runner per dp group, and their memories as the one that others see."""
+
+    def __init__(self, dp: int, num_blocks: int, block_size: int) -> None:
+        self.runners = [SimulatedRunner(block_size) for _ in range(dp)]
+        self.num_blocks = num_blocks
+        self.next_step = 0
+
+    def execute(self, plan: GroupPlan) -> GroupResult:
+        assert plan.step == self.next_step
+        assert any(plan.plans), "a step without any plan"
+        self.next_step += 1
+        results = tuple(
+            None if own is None else runner.execute(own)
+            for own, runner in zip(plan.plans, self.runners, strict=True)
+        )
+        return GroupResult(plan.step, results, 0.0)
+
+    def close(self) -> None:
+        pass
+
+    def _locate(self, table: Sequence[int]) -> tuple[SimulatedRunner, list[int]]:
+        """The runner that has these blocks of the arena, and their numbers there."""
+        (group,) = {block // self.num_blocks for block in table}
+        return self.runners[group], [block % self.num_blocks for block in table]
+
+    def write(self, table: Sequence[int], position: int, token: int) -> None:
+        """``table``: blocks of the arena."""
+        runner, own = self._locate(table)
+        runner.write(own, position, token)
+
+    def read(self, table: Sequence[int], num_tokens: int) -> list[int]:
+        """``table``: blocks of the arena."""
+        runner, own = self._locate(table)
+        return runner.read(own, num_tokens)

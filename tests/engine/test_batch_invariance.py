@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baton.core.request import SamplingParams
-from baton.engine.linear import PackedLinear, PlainLinear
+from baton.engine.ops.linear import PackedLinear, PlainLinear
 from tests.engine.tiny_models import DENSE, MOE, Bench, save
 
 # Head dims of real models are multiples of 4; with others decode rows and chunks part.

@@ -20,7 +20,9 @@ from baton.core.config import EngineConfig
 from baton.core.errors import Code, ConfigError
 from baton.engine.checkpoint import open_checkpoint
 from baton.engine.models.config import kv_layout, resolve_max_model_len
-from tests.engine.tiny_models import DENSE, MOE, save
+from baton.engine.models.tensors import expected_tensors
+from baton.engine.runner import InlineRunner
+from tests.engine.tiny_models import DEEPSEEK_V3, DENSE, MOE, VARIANTS, save
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,6 +103,31 @@ def test_ignored_tensors_may_stay(whole: Path) -> None:
     assert open_checkpoint(whole).config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_variant_is_complete(variant: str, tmp_path: Path) -> None:
+    """What ``transformers`` writes is all there, nothing too much, and each tensor is missed."""
+    save(tmp_path / "m", VARIANTS[variant])
+    checkpoint = open_checkpoint(tmp_path / "m")
+    expected = expected_tensors(checkpoint.config)
+    unused = set(checkpoint.tensors) - set(expected)
+    assert all(0 in checkpoint.tensors[name].shape for name in unused)
+    tensors = load_file(tmp_path / "m" / WEIGHTS)
+    for name in [name for name in expected if ".layers." not in name or ".layers.1." in name]:
+        save_file({k: t for k, t in tensors.items() if k != name}, tmp_path / "m" / WEIGHTS)
+        assert name in message_of(tmp_path / "m")
+
+
+def test_layers_behind_the_last_may_stay(tmp_path: Path) -> None:
+    """DeepSeek-V3 predicts several tokens with layers that are not used."""
+    save(tmp_path / "m", DEEPSEEK_V3)
+    name = "model.layers.3.eh_proj.weight"
+    edit_tensors(tmp_path / "m", lambda t: t.update({name: torch.zeros(48, 96)}))
+    config = open_checkpoint(tmp_path / "m").config
+    assert (config.num_layers, config.num_mtp_layers) == (3, 1)
+    edit_json(tmp_path / "m" / "config.json", num_nextn_predict_layers=0)
+    assert name in message_of(tmp_path / "m")
+
+
 def test_fingerprint(tmp_path: Path) -> None:
     save(tmp_path / "a", DENSE)
     save(tmp_path / "b", DENSE)
@@ -148,16 +175,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "bad eos": (config(eos_token_id=97), ("config.json", "eos_token_id 97")),
     "no architecture": (config(architectures=None), ("config.json", "architectures")),
     "other architecture": (
-        config(architectures=["LlamaForCausalLM"]),
-        ("config.json", "LlamaForCausalLM", "Qwen3ForCausalLM"),
+        config(architectures=["GPT2LMHeadModel"]),
+        ("config.json", "GPT2LMHeadModel", "Qwen3ForCausalLM"),
     ),
-    "yarn": (
-        config(rope_parameters={"rope_type": "yarn", "factor": 4.0}),
-        ("config.json", "rope_parameters", "yarn"),
+    "longrope": (
+        config(rope_parameters={"rope_type": "longrope", "factor": 4.0}),
+        ("config.json", "rope_parameters", "longrope"),
     ),
-    "old yarn": (
-        config(rope_scaling={"type": "linear", "factor": 4.0}),
-        ("config.json", "rope_scaling", "linear"),
+    "old longrope": (
+        config(rope_scaling={"type": "su", "factor": 4.0}),
+        ("config.json", "rope_scaling", "su"),
     ),
     "partial rotary": (
         config(rope_parameters={"partial_rotary_factor": 0.5}),
@@ -267,9 +294,22 @@ def test_broken_shards(sharded: Path) -> None:
     last.write_bytes(original[:-3])
     assert last.name in (message := message_of(sharded))
     assert "truncated" in message
+    described = json.loads(original[8 : 8 + int.from_bytes(original[:8], "little")])
+    described.pop("__metadata__", None)
+    at_the_end = max(described, key=lambda key: int(described[key]["data_offsets"][1]))
+    assert f"tensor {at_the_end} is not whole" in message
     last.unlink()
     assert last.name in (message := message_of(sharded))
     assert "missing" in message
+
+
+def test_a_file_that_is_cut_short_after_the_check(whole: Path) -> None:
+    checkpoint = open_checkpoint(whole)
+    shorten(whole / WEIGHTS, 1)
+    with pytest.raises(ConfigError, match=f"{WEIGHTS}: tensor .* cannot be read") as caught:
+        InlineRunner(checkpoint, EngineConfig(num_blocks=4))
+    last = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].end)
+    assert last in caught.value.message
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

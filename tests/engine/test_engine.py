@@ -254,7 +254,7 @@ def test_unknown_requests_are_no_news() -> None:
 
 
 def test_generations_live_where_the_caller_says() -> None:
-    generations = np.zeros(CONFIG.num_blocks, dtype=np.uint64)
+    generations = np.zeros(CONFIG.kv_blocks, dtype=np.uint64)
     engine = Engine(CONFIG, max_model_len=100, salt=b"s", generations=generations)
     engine.submit(submission(), Part.WHOLE, 0.0)
     assert engine.schedule(0.0) is not None

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.core.config import EngineConfig
-from baton.core.request import FinishReason, Part, SamplingParams, Submission, TokenLogprobs
+from baton.core.request import Part, SamplingParams, Submission
 from baton.engine.engine import Engine
 from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
 from baton.engine.plan import StepPlan, StepResult
 from baton.engine.states import SequenceState
+from tests.engine.expected import Expected
 from tests.engine.simulated_runner import SimulatedRunner, generate
 
 MAX_MODEL_LEN = 24
@@ -44,21 +45,6 @@ configs = st.builds(
 
 
 @dataclasses.dataclass(eq=False)
-class Expected:
-    """What one engine should tell about one submission."""
-
-    submission: Submission
-    part: Part
-    tokens: list[int]
-    reason: FinishReason
-    prompt_logprobs: list[TokenLogprobs]
-    next_index: int
-    owes_prompt_logprobs: bool
-    first: bool = True
-    done: bool = False
-
-
-@dataclasses.dataclass(eq=False)
 class Handoff:
     submission: Submission
     progress: PrefillProgress | None = None
@@ -71,7 +57,7 @@ class Node:
     """An engine, its runner, and what is under way between them."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.generations = np.zeros(config.num_blocks, dtype=np.uint64)
+        self.generations = np.zeros(config.kv_blocks, dtype=np.uint64)
         self.engine = Engine(
             config, max_model_len=MAX_MODEL_LEN, salt=SALT, generations=self.generations
         )
@@ -153,11 +139,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _enter(self, index: int, submission: Submission, part: Part) -> None:
         node = self.nodes[index]
-        tokens, reason, logprobs = generate(submission, node.engine.max_model_len)
-        start = len(submission.output_ids) + (part is Part.DECODE)
-        node.expected[submission.request_id] = Expected(
-            submission, part, tokens, reason, logprobs, start, part is not Part.DECODE
-        )
+        limit = node.engine.max_model_len
+        node.expected[submission.request_id] = Expected.of(submission, part, limit)
         node.engine.submit(submission, part, 0.0)
 
     # Steps.
@@ -298,7 +281,7 @@ class EngineMachine(RuleBasedStateMachine):
                 state = node.engine.state_of(event.request_id)
                 assert state in (SequenceState.WAITING, SequenceState.RUNNING)
             elif isinstance(event, TokensReady):
-                self._check_tokens(event, expected)
+                expected.check(event)
                 if expected.part is Part.PREFILL and handoff:
                     (handoff.first_token,) = event.token_ids
                     if event.finish_reason is not None:
@@ -321,24 +304,6 @@ class EngineMachine(RuleBasedStateMachine):
                 if handoff:
                     handoff.reserved = event
 
-    def _check_tokens(self, event: TokensReady, expected: Expected) -> None:
-        assert not expected.done
-        assert event.index == expected.next_index
-        end = event.index + len(event.token_ids)
-        assert list(event.token_ids) == expected.tokens[event.index : end]
-        last = end == len(expected.tokens)
-        assert event.finish_reason == (expected.reason if last else None)
-        # Without tokens: what prefill drew is the last one that fits here.
-        assert event.token_ids or (last and expected.part is Part.DECODE)
-        stopped = event.finish_reason is FinishReason.STOP
-        assert event.stop_token_id == (event.token_ids[-1] if stopped else None)
-        assert (event.num_cached_tokens is not None) is expected.first
-        owed = expected.prompt_logprobs if expected.owes_prompt_logprobs else []
-        assert list(event.prompt_logprobs) == (owed if expected.first else [])
-        expected.first = False
-        expected.next_index = end
-        expected.done = last or expected.part is Part.PREFILL
-
     @invariant()
     def accounts_agree(self) -> None:
         for node in getattr(self, "nodes", []):
@@ -346,7 +311,7 @@ class EngineMachine(RuleBasedStateMachine):
             load = node.engine.load()
             unheld = load.num_free_blocks + load.num_cached_blocks
             if not node.engine.request_ids() and not node.planned and not node.executed:
-                assert unheld == node.config.num_blocks
+                assert unheld == node.config.kv_blocks
 
     def teardown(self) -> None:
         # At one token a step and a sequence at a time, fifty requests take their time.

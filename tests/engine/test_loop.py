@@ -14,9 +14,10 @@ from baton.core.config import EngineConfig
 from baton.core.request import Part, SamplingParams, Submission
 from baton.engine.engine import Engine
 from baton.engine.events import Event, TokensReady
+from baton.engine.group import EngineGroup
 from baton.engine.loop import EngineLoop
-from baton.engine.plan import StepPlan, StepResult
-from tests.engine.simulated_runner import SimulatedRunner, generate
+from baton.engine.plan import GroupPlan, GroupResult, StepPlan, StepResult
+from tests.engine.simulated_runner import SimulatedGroupRunner, SimulatedRunner, generate
 
 WAIT_S = 10.0
 MAX_MODEL_LEN = 100
@@ -274,3 +275,72 @@ async def test_a_listener_that_raises_ends_the_loop_loudly() -> None:
         await asyncio.wait_for(task, WAIT_S)
     await asyncio.wait_for(bench.loop.stop(), WAIT_S)
     assert bench.closed()
+
+
+class FailingGroupRunner(SimulatedGroupRunner):
+    """Some steps raise after they ran; remembers which groups had a plan."""
+
+    def __init__(self, dp: int, num_blocks: int, block_size: int) -> None:
+        super().__init__(dp, num_blocks, block_size)
+        self.fails: set[int] = set()
+        self.busy: list[tuple[bool, ...]] = []
+
+    def execute(self, plan: GroupPlan) -> GroupResult:
+        self.busy.append(tuple(own is not None for own in plan.plans))
+        result = super().execute(plan)
+        if plan.step in self.fails:
+            raise RuntimeError(f"scripted: step {plan.step}")
+        return result
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_a_loop_over_groups(overlap: bool) -> None:
+    config = EngineConfig(
+        block_size=4,
+        num_blocks=32,
+        max_num_seqs=4,
+        max_num_batched_tokens=8,
+        async_scheduling=overlap,
+        dp=2,
+    )
+    engine = EngineGroup(config, max_model_len=MAX_MODEL_LEN, salt=b"")
+    runner = FailingGroupRunner(2, 32, 4)
+    runner.fails = {0}
+    events: list[Event] = []
+    failed: list[str] = []
+    loop = EngineLoop(
+        engine,
+        runner,
+        clock=SystemClock(),
+        on_events=events.extend,
+        on_failed=lambda names, _: failed.extend(names),
+        max_in_flight=2 if overlap else 1,
+    )
+
+    def submit(name: str, num_prompt_tokens: int, max_tokens: int) -> Submission:
+        seed = sum(name.encode())
+        prompt = tuple((seed + i) % 23 for i in range(num_prompt_tokens))
+        one = Submission(name, 0, prompt, SamplingParams(max_tokens=max_tokens, seed=seed))
+        engine.submit(one, Part.WHOLE, 0.0)
+        loop.wake()
+        return one
+
+    task = asyncio.create_task(loop.run())
+    try:
+        submit("lost", 20, 5)
+        await until(lambda: failed == ["lost"])
+        kept = [submit("a", 6, 30), submit("b", 9, 3), submit("c", 5, 4)]
+        assert {engine.group_of(one.request_id) for one in kept} == {0, 1}
+        await until(lambda: not engine.request_ids() and not loop._in_flight)
+        for one in kept:
+            ready = [e for e in events if isinstance(e, TokensReady)]
+            mine = [t for e in ready if e.request_id == one.request_id for t in e.token_ids]
+            assert mine == generate(one, MAX_MODEL_LEN)[0]
+    finally:
+        await asyncio.wait_for(loop.stop(), WAIT_S)
+        await asyncio.wait_for(task, WAIT_S)
+    engine.check_integrity()
+    assert engine.block_statistics().num_referenced == 0
+    assert {(True, True), (True, False)} <= set(runner.busy), "together, and one idle"
+    assert loop.counters.num_failed_steps == 1
+    assert loop.counters.num_steps == engine.load().num_steps

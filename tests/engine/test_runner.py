@@ -18,7 +18,7 @@ from baton.core.request import SamplingParams, TokenLogprobs
 from baton.engine.checkpoint import open_checkpoint
 from baton.engine.kv_cache import KVCache
 from baton.engine.models.config import kv_layout
-from baton.engine.plan import Runner, SequenceStep, SlotBegin, StepPlan
+from baton.engine.plan import Runner, SequenceStep, SlotBegin, StepPlan, StepResult
 from baton.engine.runner import InlineRunner
 from tests.engine.tiny_models import DENSE, MOE, Bench, reference_logprobs, save
 
@@ -184,7 +184,7 @@ def test_shared_buffer(model: tuple[Path, Any]) -> None:
     layout = kv_layout(checkpoint.config, config)
     arena = mmap.mmap(-1, 100 + 8 * layout.block_bytes)
     buffer = memoryview(arena)[100:]
-    runners: list[Runner] = []
+    runners: list[Runner[StepPlan, StepResult]] = []
     for _ in range(2):
         runner = InlineRunner(checkpoint, config, kv_buffer=buffer)
         assert runner.layout == layout

@@ -29,7 +29,7 @@ class Bench:
     def __init__(self, **changes: object) -> None:
         config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
         self.blocks = BlockManager(
-            config.num_blocks,
+            config.kv_blocks,
             config.block_size,
             salt=b"s",
             enable_prefix_cache=config.enable_prefix_cache,

@@ -222,6 +222,11 @@ class ToyInstance(InstanceServicer):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "both parts know the toy model")
         yield instance_pb2.HandoffEvent()
 
+    async def Memory(
+        self, request: instance_pb2.MemoryRequest, context: Any
+    ) -> instance_pb2.MemoryReply:
+        return instance_pb2.MemoryReply()
+
     async def _produce(self, item: instance_pb2.SubmitItem) -> None:
         sub = item.submission
         prompt, have = tuple(sub.prompt_ids), len(sub.output_ids)

@@ -101,7 +101,7 @@ class Node:
         layout: str = "toy",
         incarnation: int = 1,
     ) -> None:
-        self.arena = arena or BlockArena.private(config.num_blocks, config.block_size * 4, layout)
+        self.arena = arena or BlockArena.private(config.kv_blocks, config.block_size * 4, layout)
         self.engine = Engine(
             config,
             max_model_len=MAX_MODEL_LEN,

@@ -60,7 +60,7 @@ async def test_real_transports(tmp_path: Path, names: tuple[str, ...]) -> None:
             name,
             secrets.randbits(60),
             os.getpid(),
-            CONFIG.num_blocks,
+            CONFIG.kv_blocks,
             BLOCK_SIZE * 4,
             "toy",
         )

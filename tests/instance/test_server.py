@@ -167,6 +167,51 @@ async def test_a_cache_that_does_not_fit(house: House) -> None:
     assert error.param == "engine.num_blocks"
 
 
+async def test_the_cache_gets_what_memory_is_left(house: House) -> None:
+    """Engine, arena and what the controller is told have the number that was measured."""
+    engine = EngineConfig(
+        num_blocks=None, memory_limit_gib=1.0, max_num_seqs=4, max_num_batched_tokens=64
+    )
+    async with serving(InstanceServer(house.spec(engine=engine))) as server:
+        await house.cluster.state("i", "ready")
+        num_blocks = server.spec.num_blocks
+        [record] = house.cluster.service.shell.core.state.instances.values()
+        assert record.info.num_blocks == num_blocks > 1000
+        assert server.parts.instance.load().num_free_blocks == num_blocks
+        [arena] = house.arenas()
+        assert arena.stat().st_size > num_blocks * 32768
+        client = Client()
+        node = Node("i", incarnation=record.info.incarnation)  # only its address is used
+        node.target = Target("i", record.info.incarnation, record.info.address)
+        await client.connect(node)
+        one = request(prompt_ids=(5, 6, 7), sampling={"temperature": 0.0, "max_tokens": 5})
+        assert not (await client.submit(one, Part.WHOLE, node)).HasField("error")
+        await client.ended("r")
+        assert len(client.tokens("r")) == 5
+        await client.close()
+    assert house.arenas() == []
+
+
+async def test_a_limit_that_nothing_fits_into(house: House) -> None:
+    engine = EngineConfig(
+        num_blocks=None, memory_limit_gib=0.1, max_num_seqs=4, max_num_batched_tokens=64
+    )
+    error = await failing_start(house, house.spec(engine=engine))
+    assert isinstance(error, ConfigError)
+    assert error.param == "engine.memory_limit_gib"
+    assert "limit 102.4 MiB" in error.message
+
+
+async def test_blocks_beyond_the_limit(house: House) -> None:
+    engine = EngineConfig(
+        num_blocks=2**15, memory_limit_gib=1.0, max_num_seqs=4, max_num_batched_tokens=64
+    )
+    error = await failing_start(house, house.spec(engine=engine))
+    assert isinstance(error, ConfigError)
+    assert error.param == "engine.num_blocks"
+    assert "32768 KV blocks" in error.message
+
+
 async def test_a_start_that_is_cancelled(house: House) -> None:
     start = asyncio.create_task(
         InstanceServer(house.spec(controller_address="127.0.0.1:9")).start()
@@ -197,7 +242,7 @@ async def test_a_broken_engine_loop_is_a_failure_of_the_instance(house: House) -
         def broken(now: float) -> None:
             raise ZeroDivisionError
 
-        server.instance.engine.schedule = broken  # type: ignore[method-assign]
+        server.parts.loop._engine.schedule = broken  # type: ignore[method-assign]
         server.parts.loop.wake()
         error = await asyncio.wait_for(server.wait_failed(), WAIT_S)
         assert isinstance(error, ZeroDivisionError)

@@ -1,22 +1,66 @@
-"""What a model is, read from its ``config.json``. No torch here: drivers and the CLI need this.
-
-Only features that the forward pass implements are accepted; anything else is refused by name, so
-that a checkpoint either runs as its authors meant it or does not run.
-"""
+"""What a model is (``families`` reads it). No torch here: drivers and the CLI need this."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from baton.core.config import EngineConfig
 from baton.core.errors import ConfigError
 from kvpool.layout import KVLayout
 
-DENSE, MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
-ARCHITECTURES = (DENSE, MOE)
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding. Scaling parameters are ``None`` where the kind has none."""
+
+    kind: RopeKind = "default"
+    """``dynamic`` is the unscaled table: it differs beyond ``max_position_embeddings`` only, and
+    no sequence gets there."""
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_len: int | None = None
+    """Positions that the unscaled model was trained for (llama3, yarn)."""
+    low_freq_factor: float | None = None
+    """llama3"""
+    high_freq_factor: float | None = None
+    """llama3"""
+    beta_fast: float = 32.0
+    """yarn"""
+    beta_slow: float = 1.0
+    """yarn"""
+    attention_factor: float = 1.0
+    """What cosines and sines are multiplied with (yarn)."""
+    softmax_factor: float = 1.0
+    """What the scale of attention is multiplied with (yarn with ``mscale_all_dim``, DeepSeek)."""
+    truncate: bool = True
+    """yarn: round the range of corrected dims to whole ones."""
+    interleaved: bool = False
+    """Checkpoint pairs neighbouring dims (DeepSeek); undone at load by reordering rows."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MlaConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+    q_lora_rank: int | None
+    """``None``: queries are projected directly."""
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """What the cache holds per token and layer: the compressed KV and the rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,6 +74,18 @@ class MoeConfig:
     """Whether the chosen experts' weights are scaled to sum to 1."""
     layers: tuple[int, ...]
     """Which layers are expert layers; the others have a dense MLP."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    num_groups: int = 1
+    """Experts are cut into so many groups, of which ``topk_groups`` are looked at."""
+    topk_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    """What a group is judged by."""
+    correction_bias: bool = False
+    """A bias per expert that counts for the choice and not for the weight (DeepSeek-V3)."""
+    scaling_factor: float = 1.0
+    """What the weights are multiplied with in the end."""
+    shared_intermediate_size: int | None = None
+    """Inner size of the experts that see every token, together; ``None``: there are none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,13 +99,24 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    """1 with MLA: all heads share the latent."""
     head_dim: int
+    """With MLA: the width of a query head."""
     rms_norm_eps: float
-    rope_theta: float
+    rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool = False
+    """With MLA: on the two down-projections."""
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """Norms per head on queries and keys (Qwen3)."""
+    mla: MlaConfig | None = None
     moe: MoeConfig | None = None
+    num_mtp_layers: int = 0
+    """Layers for the prediction of several tokens (DeepSeek-V3), which a checkpoint may carry
+    behind its last layer and which are not used."""
 
     @property
     def q_size(self) -> int:
@@ -68,18 +135,35 @@ class ModelConfig:
 
 def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
     """The KV blocks that an engine with these settings reads and writes."""
+    if model.mla is not None:
+        return KVLayout(
+            dtype=engine.dtype,
+            block_size=engine.block_size,
+            num_layers=model.num_layers,
+            num_kv_heads=1,
+            head_dim=model.mla.latent_dim,
+            kind="mla",
+        )
+    shards = min(engine.tp, model.num_kv_heads)
     return KVLayout(
         dtype=engine.dtype,
         block_size=engine.block_size,
         num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
+        num_kv_heads=model.num_kv_heads // shards,
         head_dim=model.head_dim,
+        num_shards=shards,
     )
+
+
+def kv_shard(layout: KVLayout, tp_rank: int, tp_size: int) -> int:
+    """Which shard of every block a rank reads and writes; ranks with equal heads share one."""
+    return tp_rank * layout.num_shards // tp_size
 
 
 def resolve_max_model_len(model: ModelConfig, engine: EngineConfig) -> int:
     """Longest sequence in tokens: the model's limit, the user's, and what the cache can hold.
 
+    A cache whose size is still to be measured bounds nothing.
     Raises ``ConfigError`` where the user asks for more than the model was made for.
     """
     wanted = engine.max_model_len
@@ -90,153 +174,4 @@ def resolve_max_model_len(model: ModelConfig, engine: EngineConfig) -> int:
             param="max_model_len",
         )
     limit = model.max_position_embeddings if wanted is None else wanted
-    return min(limit, engine.num_blocks * engine.block_size)
-
-
-def parse_config(raw: Mapping[str, Any], source: Path) -> ModelConfig:
-    """Read a parsed ``config.json``; each refusal is a ``ConfigError`` that names ``source``."""
-    fields = _Fields(raw, source)
-    architecture = fields.architecture()
-    fields.refuse_unsupported()
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise fields.error(
-            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads "
-            f"{num_kv_heads}",
-            "repair the file",
-        )
-    hidden_size = fields.integer("hidden_size")
-    # The two families disagree about what an absent head_dim means.
-    implied = 128 if architecture == DENSE else hidden_size // num_heads
-    head_dim = fields.integer("head_dim", implied)
-    if head_dim % 2:
-        raise fields.error(f"head_dim {head_dim} is odd, which RoPE cannot halve", "repair it")
-    num_layers = fields.integer("num_hidden_layers")
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=fields.rope_theta(),
-        max_position_embeddings=fields.integer("max_position_embeddings"),
-        tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        attention_bias=fields.flag("attention_bias"),
-        moe=fields.moe(num_layers) if architecture == MOE else None,
-    )
-
-
-class _Fields:
-    """Typed reading of one ``config.json``."""
-
-    def __init__(self, raw: Mapping[str, Any], source: Path) -> None:
-        self._raw = raw
-        self._source = source
-
-    def error(self, problem: str, remedy: str) -> ConfigError:
-        return ConfigError(f"{self._source}: {problem}; {remedy}", param="model")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self._raw.get(name)
-        if value is None:
-            if default is None:
-                raise self.error(f"{name} is missing", "use a complete checkpoint")
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(f"{name} must be a positive integer, not {value!r}", "repair the file")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        return self._positive(name, self._raw.get(name), default)
-
-    def flag(self, name: str) -> bool:
-        value = self._raw.get(name)
-        if value is None:
-            return False
-        if not isinstance(value, bool):
-            raise self.error(f"{name} must be true or false, not {value!r}", "repair the file")
-        return value
-
-    def architecture(self) -> str:
-        named = self._raw.get("architectures")
-        supported = " and ".join(ARCHITECTURES)
-        if not isinstance(named, list) or not named:
-            raise self.error("architectures is missing", f"supported are {supported}")
-        if named[0] not in ARCHITECTURES:
-            raise self.error(f"architecture {named[0]!r} is not supported", f"only {supported} are")
-        return str(named[0])
-
-    def refuse_unsupported(self) -> None:
-        raw = self._raw
-        if raw.get("quantization_config") is not None:
-            raise self.error("quantization_config is not supported", "use unquantized weights")
-        if raw.get("use_sliding_window") and raw.get("sliding_window") is not None:
-            raise self.error("use_sliding_window is not supported", "use a full-attention model")
-        kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
-        if kinds:
-            raise self.error(
-                f"layer_types {sorted(map(str, kinds))} is not supported",
-                "only full_attention is",
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            raise self.error(f"hidden_act {raw['hidden_act']!r} is not supported", "only silu is")
-
-    def rope_theta(self) -> float:
-        """The base of RoPE, from today's ``rope_parameters`` or yesterday's separate keys."""
-        theta = self._raw.get("rope_theta")
-        for name in ("rope_parameters", "rope_scaling"):
-            section = self._raw.get(name)
-            if section is None:
-                continue
-            if not isinstance(section, dict):
-                raise self.error(f"{name} must be an object, not {section!r}", "repair the file")
-            kind = section.get("rope_type", section.get("type", "default"))
-            if kind != "default":
-                raise self.error(
-                    f"{name} of type {kind!r} is not supported", "only the default type is"
-                )
-            if section.get("partial_rotary_factor", 1.0) != 1.0:
-                raise self.error(
-                    f"{name} has a partial_rotary_factor, which is not supported",
-                    "use a model that rotates whole heads",
-                )
-            theta = section.get("rope_theta", theta)
-        return self._positive("rope_theta", theta, 10000.0)
-
-    def moe(self, num_layers: int) -> MoeConfig:
-        name = "num_experts" if self._raw.get("num_experts") is not None else "num_local_experts"
-        num_experts = self.integer(name)
-        top_k = self.integer("num_experts_per_tok")
-        if top_k > num_experts:
-            raise self.error(
-                f"num_experts_per_tok {top_k} is more than {name} {num_experts}", "repair the file"
-            )
-        step = self.integer("decoder_sparse_step", 1)
-        dense = self._raw.get("mlp_only_layers") or []
-        if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
-            raise self.error(
-                f"mlp_only_layers must be a list of integers, not {dense!r}", "repair it"
-            )
-        return MoeConfig(
-            num_experts=num_experts,
-            num_experts_per_tok=top_k,
-            intermediate_size=self.integer("moe_intermediate_size"),
-            norm_topk_prob=self.flag("norm_topk_prob"),
-            layers=tuple(
-                layer
-                for layer in range(num_layers)
-                if layer not in dense and (layer + 1) % step == 0
-            ),
-        )
-
-    def _positive(self, name: str, value: object, default: float) -> float:
-        if value is None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.error(f"{name} must be a positive number, not {value!r}", "repair the file")
-        return float(value)
+    return limit if engine.num_blocks is None else min(limit, engine.kv_blocks * engine.block_size)

@@ -764,3 +764,164 @@ class HandoffFailed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandoffFailed: _TypeAlias = HandoffFailed  # noqa: Y015
+
+@_typing.final
+class MemoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryRequest: _TypeAlias = MemoryRequest  # noqa: Y015
+
+@_typing.final
+class MemoryEntryRecord(_message.Message):
+    """All numbers are bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    tag: _builtins.str
+    """weights.experts, kv_cache, ..."""
+    size: _builtins.int
+    """set aside"""
+    in_use: _builtins.int
+    """of it, what takes memory now"""
+    def __init__(
+        self,
+        *,
+        tag: _builtins.str = ...,
+        size: _builtins.int = ...,
+        in_use: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_use", b"in_use", "size", b"size", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryEntryRecord: _TypeAlias = MemoryEntryRecord  # noqa: Y015
+
+@_typing.final
+class MemoryNeedsRecord(_message.Message):
+    """Measured at the start: limit = held + largest of the three steps + reserve + margin + KV blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    MIXED_FIELD_NUMBER: _builtins.int
+    RESERVE_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    held: _builtins.int
+    prefill: _builtins.int
+    decode: _builtins.int
+    mixed: _builtins.int
+    reserve: _builtins.int
+    margin: _builtins.int
+    limit: _builtins.int
+    block_bytes: _builtins.int
+    seconds: _builtins.float
+    """how long measuring took"""
+    def __init__(
+        self,
+        *,
+        held: _builtins.int = ...,
+        prefill: _builtins.int = ...,
+        decode: _builtins.int = ...,
+        mixed: _builtins.int = ...,
+        reserve: _builtins.int = ...,
+        margin: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        block_bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "decode", b"decode", "held", b"held", "limit", b"limit", "margin", b"margin", "mixed", b"mixed", "prefill", b"prefill", "reserve", b"reserve", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryNeedsRecord: _TypeAlias = MemoryNeedsRecord  # noqa: Y015
+
+@_typing.final
+class MemoryMapRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    UNACCOUNTED_FIELD_NUMBER: _builtins.int
+    IMPORTS_FIELD_NUMBER: _builtins.int
+    PEAK_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    rank: _builtins.str
+    device: _builtins.str
+    in_use: _builtins.int
+    """beyond imports"""
+    unaccounted: _builtins.int
+    """of in_use, what no entry explains"""
+    imports: _builtins.int
+    peak: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryEntryRecord]: ...
+    @_builtins.property
+    def needs(self) -> Global___MemoryNeedsRecord: ...
+    def __init__(
+        self,
+        *,
+        rank: _builtins.str = ...,
+        device: _builtins.str = ...,
+        entries: _abc.Iterable[Global___MemoryEntryRecord] | None = ...,
+        in_use: _builtins.int = ...,
+        unaccounted: _builtins.int = ...,
+        imports: _builtins.int = ...,
+        peak: _builtins.int = ...,
+        needs: Global___MemoryNeedsRecord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["needs", b"needs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "entries", b"entries", "imports", b"imports", "in_use", b"in_use", "needs", b"needs", "peak", b"peak", "rank", b"rank", "unaccounted", b"unaccounted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryMapRecord: _TypeAlias = MemoryMapRecord  # noqa: Y015
+
+@_typing.final
+class MemoryReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    MAPS_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    incarnation: _builtins.int
+    @_builtins.property
+    def maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryMapRecord]: ...
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        maps: _abc.Iterable[Global___MemoryMapRecord] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "instance_id", b"instance_id", "maps", b"maps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryReply: _TypeAlias = MemoryReply  # noqa: Y015

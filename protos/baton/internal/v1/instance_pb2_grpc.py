@@ -54,6 +54,11 @@ class InstanceStub:
                 request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.HandoffMessage.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.HandoffEvent.FromString,
                 _registered_method=True)
+        self.Memory = channel.unary_unary(
+                '/baton.internal.v1.Instance/Memory',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.MemoryRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.MemoryReply.FromString,
+                _registered_method=True)
 
 
 class InstanceServicer:
@@ -85,6 +90,13 @@ class InstanceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Memory(self, request, context):
+        """What memory is used for, rank by rank. For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InstanceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +119,11 @@ def add_InstanceServicer_to_server(servicer, server):
                     servicer.Handoff,
                     request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.HandoffMessage.FromString,
                     response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.HandoffEvent.SerializeToString,
+            ),
+            'Memory': grpc.unary_unary_rpc_method_handler(
+                    servicer.Memory,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.MemoryRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.MemoryReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +234,33 @@ class Instance:
             '/baton.internal.v1.Instance/Handoff',
             protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.HandoffMessage.SerializeToString,
             protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.HandoffEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Memory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.Instance/Memory',
+            protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.MemoryRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_instance__pb2.MemoryReply.FromString,
             options,
             channel_credentials,
             insecure,

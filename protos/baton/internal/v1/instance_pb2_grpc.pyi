@@ -37,6 +37,8 @@ class InstanceStub:
     """One long-lived stream per gateway carries the tokens of all its requests, one message a step."""
     Handoff: _grpc.StreamStreamMultiCallable[_instance_pb2.HandoffMessage, _instance_pb2.HandoffEvent]
     """One long-lived stream per (decode, prefill) pair, opened by the decode side on first contact."""
+    Memory: _grpc.UnaryUnaryMultiCallable[_instance_pb2.MemoryRequest, _instance_pb2.MemoryReply]
+    """What memory is used for, rank by rank. For operators."""
 
 @_typing.type_check_only
 class InstanceAsyncStub(InstanceStub):
@@ -47,6 +49,8 @@ class InstanceAsyncStub(InstanceStub):
     """One long-lived stream per gateway carries the tokens of all its requests, one message a step."""
     Handoff: _aio.StreamStreamMultiCallable[_instance_pb2.HandoffMessage, _instance_pb2.HandoffEvent]  # type: ignore[assignment]
     """One long-lived stream per (decode, prefill) pair, opened by the decode side on first contact."""
+    Memory: _aio.UnaryUnaryMultiCallable[_instance_pb2.MemoryRequest, _instance_pb2.MemoryReply]  # type: ignore[assignment]
+    """What memory is used for, rank by rank. For operators."""
 
 class InstanceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -78,5 +82,13 @@ class InstanceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_instance_pb2.HandoffEvent], _abc.AsyncIterator[_instance_pb2.HandoffEvent]]:
         """One long-lived stream per (decode, prefill) pair, opened by the decode side on first contact."""
+
+    @_abc_1.abstractmethod
+    def Memory(
+        self,
+        request: _instance_pb2.MemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_instance_pb2.MemoryReply, _abc.Awaitable[_instance_pb2.MemoryReply]]:
+        """What memory is used for, rank by rank. For operators."""
 
 def add_InstanceServicer_to_server(servicer: InstanceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

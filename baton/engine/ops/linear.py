@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import abc
 import logging
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ _PACK_ELEMENTS = 2**17
 _QUANTA = (1, 2, 4, 8, 16)
 _PROBED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48)
 _probed: dict[tuple[object, ...], int] = {}
+packed_calls: set[tuple[torch.Size, int]] = set()
+"""(shape of the weight, rows) of all packed products so far: oneDNN keeps a kernel for each."""
 
 
 class Linear(abc.ABC):
@@ -30,6 +34,8 @@ class Linear(abc.ABC):
 
     row_quantum: int
     """Rows come out the same in all batches of a multiple of this many rows."""
+    repacks: ClassVar[bool] = False
+    """Whether the weight is copied into a layout of its own, and not held."""
 
     @abc.abstractmethod
     def __call__(self, x_NK: Tensor) -> Tensor:
@@ -52,9 +58,11 @@ class PlainLinear(Linear):
 class PackedLinear(Linear):
     """CPU: the weight in oneDNN's blocked layout, which spares each call from packing it anew."""
 
+    repacks = True
     _EXPECTED_ROWS = 16
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._shape = weight.shape
         self._weight = torch.ops.mkldnn._reorder_linear_weight(
             weight.contiguous(), self._EXPECTED_ROWS
         )
@@ -63,22 +71,51 @@ class PackedLinear(Linear):
 
     def __call__(self, x_NK: Tensor) -> Tensor:
         """[rows, in] → [rows, out]."""
+        packed_calls.add((self._shape, len(x_NK)))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
             x_NK, self._weight, self._bias, "none", [], ""
         )
         return out
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """Lay out ``weight`` [out, in] for its device. The choice depends on shape and dtype alone, so
-    that equal instances compute equal bits."""
-    if weight.device.type == "cpu" and torch._C._has_mkldnn:
-        if weight.dtype == torch.float32 and weight.numel() >= _PACK_ELEMENTS:
-            return PackedLinear(weight, bias)
-        # In bfloat16 the plain call goes through the same kernels, and packs every time.
-        if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return PackedLinear(weight, bias)
-    return PlainLinear(weight, bias)
+class GroupedLinear:
+    """Row group e of x times expert e's product, each rounded up to whole quanta."""
+
+    def __init__(self, linears: Sequence[Linear], out_features: int) -> None:
+        self._linears = tuple(linears)
+        self._out_features = out_features
+        self._quantum = max((linear.row_quantum for linear in self._linears), default=1)
+
+    def __call__(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
+        """See ``reference.GroupedMatmul``; rows beyond the counts' sum come out as anything."""
+        quantum = self._quantum
+        out = x_NH.new_empty(len(x_NH), self._out_features)
+        begin = 0
+        for linear, count in zip(self._linears, counts_E.tolist(), strict=True):
+            if count:
+                end = begin + count + -count % quantum
+                # Some of the neighbour's rows come along; at the end there may be none left.
+                x = x_NH[begin:end]
+                if end > len(x_NH):
+                    x = F.pad(x, (0, 0, 0, end - len(x_NH)))
+                out[begin : begin + count] = linear(x)[:count]
+                begin += count
+        return out
+
+
+def packs(in_features: int, out_features: int, dtype: torch.dtype) -> str | None:
+    """Whether oneDNN's layout is worth it here: ``None``, or why not."""
+    if not torch._C._has_mkldnn:
+        return "this torch has no oneDNN"
+    if dtype == torch.bfloat16:
+        # The plain call goes through the same kernels, and packs every time.
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return None if supported else "this CPU has no bfloat16 products"
+    if dtype != torch.float32:
+        return f"no {dtype}"
+    if in_features * out_features < _PACK_ELEMENTS:
+        return f"fewer than {_PACK_ELEMENTS} weights"
+    return None
 
 
 def _row_quantum(linear: Linear, weight: Tensor, kind: str) -> int:

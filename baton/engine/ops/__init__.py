@@ -1,0 +1,1 @@
+"""Hot operations: a name, a reference in plain torch, and overrides where a device has better."""

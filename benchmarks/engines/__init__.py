@@ -1,0 +1,1 @@
+"""The same checkpoint in several engines, each in a process of its own."""
