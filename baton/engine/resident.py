@@ -147,6 +147,16 @@ def large_pieces_apart() -> Iterator[None]:
         trim_heap()
 
 
+def keep_large_pieces_apart() -> None:
+    """As ``large_pieces_apart``, for good: the heap then has few holes, and a process stays near
+    what it needs at once. Each large piece costs its page faults anew: some 15 % of the time of
+    steps that make many of them.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, _APART_BYTES)
+
+
 def memory_limit() -> int:
     """Bytes that this process can get at most: the machine's, or its control group's."""
     fields = Path("/proc/meminfo").read_text().split()

@@ -28,6 +28,7 @@ from baton.engine.ops.devices import find_device
 from baton.engine.ops.registry import Implementation, Ops
 from baton.engine.parallel.mesh import Mesh, single_mesh
 from baton.engine.plan import RowResult, SequenceStep, SlotBegin, StepPlan, StepResult
+from baton.engine.resident import keep_large_pieces_apart
 from baton.engine.sampler import token_logprobs
 from baton.engine.slot_state import SlotState
 from baton.engine.step_inputs import StepInputs, build_inputs
@@ -85,6 +86,9 @@ class InlineRunner:
             exchange=config.exchange,
             progress=progress,
         )
+        if config.memory_limit_gib is not None and self._device.type == "cpu":
+            # Holes in the heap were seen to grow to twice the largest step.
+            keep_large_pieces_apart()
         self._row_quantum = self._model.row_quantum
         self._sample = self.ops.bind("sample", "*")
         self._state = self._new_state()
