@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace, model: Path, console: Console) -> dict[str
                 ]
                 turn = repetition % len(engines)
                 for engine in engines[turn:] + engines[:turn]:
-                    run = engine.run(prompts, args.output_len)
+                    run = engine.run(prompts, args.output_len if repetition >= 0 else 2)
                     if repetition < 0:
                         continue  # warm-up
                     runs.setdefault((concurrency, engine.name), []).append(run)
@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     results = {
         "schema": SCHEMA,
-        "command": "python -m benchmarks.engines.compare " + shlex.join(given),
+        # Names without folders: where they lie is this machine's affair.
+        "command": "python -m benchmarks.engines.compare "
+        + shlex.join(Path(item).name if "/" in item else item for item in given),
         "date": datetime.date.today().isoformat(),
         "note": (
             f"Random weights in bfloat16, greedy, {args.input_len} random tokens in, "
