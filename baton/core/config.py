@@ -126,8 +126,9 @@ class GatewayConfig:
     max_replays: int = 3
     gap_timeout_s: float = 20.0
     """Silence on a request that should be producing tokens for so long causes a replay."""
-    replay_timeout_s: float = 4.0
-    """After an instance died: how long a new placement may take before the client is told."""
+    replay_timeout_s: float = 3.0
+    """After an instance died: how long a new placement may take before the client is told. Short
+    of five seconds, within which it should be told: what comes after a late one is recomputed."""
 
     def __post_init__(self) -> None:
         _positive(self, "max_body_bytes", "max_n", "default_max_tokens", "default_timeout_s")
