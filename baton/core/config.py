@@ -102,7 +102,7 @@ class ControllerConfig:
     heartbeat_s: float = 1.0
     dead_after_s: float = 4.0
     """An instance that says nothing for so long is fenced."""
-    queue_timeout_s: float = 4.0
+    queue_timeout_s: float = 3.0
     """How long a placement may wait for a usable pair before it is refused as retryable."""
     max_queued_placements: int = 4096
     trace_capacity: int = 10000
