@@ -260,15 +260,7 @@ class Reply:
     request_id: str = ""
     first_s: float = 0.0
     longest_gap_s: float = 0.0
-    silences: list[tuple[float, float]] = dataclasses.field(default_factory=list)
-    """Begin and end of each gap of more than a second; ``time.monotonic``."""
     seconds: float = 0.0
-
-    def heard(self, last: float, now: float) -> None:
-        """Something came, after what came ``last``."""
-        self.longest_gap_s = max(self.longest_gap_s, now - last)
-        if now - last > 1.0:
-            self.silences.append((last, now))
 
 
 def body(prompt: Sequence[int] | str, **more: Any) -> dict[str, Any]:
@@ -293,13 +285,11 @@ async def complete(client: httpx.AsyncClient, request: dict[str, Any]) -> Reply:
         if response.status_code != 200:
             reply.error = json.loads(await response.aread())["error"]
             reply.retryable = response.headers.get("x-should-retry") == "true"
-            now = time.monotonic()
-            reply.heard(last, now)
-            reply.seconds = now - started
+            reply.seconds = reply.longest_gap_s = time.monotonic() - started
             return reply
         async for event in sse(response):
             now = time.monotonic()
-            reply.heard(last, now)
+            reply.longest_gap_s = max(reply.longest_gap_s, now - last)
             last = now
             if "error" in event:
                 reply.error = event["error"]
@@ -311,7 +301,7 @@ async def complete(client: httpx.AsyncClient, request: dict[str, Any]) -> Reply:
                 reply.text += choice.get("text") or ""
                 reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
     now = time.monotonic()
-    reply.heard(last, now)
+    reply.longest_gap_s = max(reply.longest_gap_s, now - last)
     reply.seconds = now - started
     return reply
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 
 from baton.client.admin import AdminClient
@@ -39,7 +38,6 @@ async def kill_under_load(
                 before = _ready(admin, victim)
                 assert before is not None
                 pid = before[1] if pid_of is None else pid_of(victim)
-                load.kills.append(time.monotonic())
                 os.kill(pid, signal.SIGKILL)
                 after = await _back(admin, victim, before[0])
                 lives[victim] = (before[0], after)

@@ -17,23 +17,10 @@ class Load:
 
     replies: list[tuple[int, Reply]] = dataclasses.field(default_factory=list)
     """(index of the prompt, reply)."""
-    kills: list[float] = dataclasses.field(default_factory=list)
-    """When something was killed; ``time.monotonic``."""
 
     @property
     def failed(self) -> list[Reply]:
         return [reply for _, reply in self.replies if reply.error is not None]
-
-    def longest_silence_s(self) -> float:
-        """The longest gap of any stream; of one that saw several kills, from the last of them."""
-        return max(
-            (
-                end - max([begin, *(kill for kill in self.kills if begin < kill < end)])
-                for _, reply in self.replies
-                for begin, end in reply.silences
-            ),
-            default=0.0,
-        )
 
     def check_tokens(self, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
         """Every finished reply against the oracle; returns the ties."""
