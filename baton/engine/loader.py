@@ -27,7 +27,6 @@ from baton.engine.parallel.exchange import Exchange, make_exchange
 from baton.engine.parallel.layers import (
     GatheredLinear,
     SplitEmbedding,
-    SummedExchange,
     SummedLinear,
 )
 from baton.engine.parallel.mesh import Mesh, single_mesh
@@ -84,10 +83,7 @@ class _Builder:
         self.exchange: Exchange | None = None
         if self.config.moe is not None:
             experts = self.config.moe.num_experts
-            if mesh.ep.size == 1 and mesh.tp.size > 1:
-                self.exchange = SummedExchange(mesh.tp)
-            else:
-                self.exchange = make_exchange(mesh, exchange, experts, ops.device)
+            self.exchange = make_exchange(mesh, exchange, experts, ops.device)
 
     def model(self) -> Decoder:
         config, source = self.config, self.source

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from baton.core.config import ExchangeName
 from baton.core.errors import ConfigError
-from baton.engine.parallel.mesh import Mesh
+from baton.engine.parallel.mesh import Comm, Mesh
 
 Compute = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """``(x_NH, experts_NK, weights_NK, num_rows) -> [N, H]``: for each row, the weighted sum over those
@@ -67,10 +67,13 @@ class LocalExchange:
 
 
 class ReplicatedExchange:
-    """All ranks have all tokens (dp = 1): each computes its experts', and the sums are added."""
+    """All ranks have all tokens: each computes its part, and the sums are added.
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    Its part: its own experts (ep), or its share of every expert's inner dim (tp without ep).
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
 
     def __call__(
         self,
@@ -82,7 +85,7 @@ class ReplicatedExchange:
         compute: Compute,
     ) -> Tensor:
         """See ``Exchange``."""
-        return self._mesh.ep.all_reduce(compute(x_TH, experts_TK, weights_TK, num_tokens))
+        return self._comm.all_reduce(compute(x_TH, experts_TK, weights_TK, num_tokens))
 
 
 class AllGatherExchange:
@@ -221,14 +224,14 @@ def make_exchange(
     Raises ConfigError where there are fewer experts than ranks to share them.
     """
     if mesh.ep.size == 1:
-        return LocalExchange()
+        return LocalExchange() if mesh.tp.size == 1 else ReplicatedExchange(mesh.tp)
     if num_experts < mesh.ep.size:
         raise ConfigError(
             f"{num_experts} experts cannot be shared by ep={mesh.ep.size} ranks: lower ep",
             param="ep",
         )
     if mesh.axes.dp == 1:
-        return ReplicatedExchange(mesh)
+        return ReplicatedExchange(mesh.ep)
     if name == "all_to_all" or (name == "auto" and mesh.axes.group_size == 1):
         return AllToAllExchange(mesh, num_experts, device, exact=device.type == "cpu")
     return AllGatherExchange(mesh)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.ops.linear import Linear
-from baton.engine.parallel.exchange import Compute
 from baton.engine.parallel.mesh import Comm
 
 
@@ -60,22 +59,3 @@ class SplitEmbedding:
         here = (local >= 0) & (local < len(self._weight))
         rows = F.embedding(torch.where(here, local, 0), self._weight).to(self._dtype)
         return self._comm.all_reduce(torch.where(here.unsqueeze(1), rows, 0))
-
-
-class SummedExchange:
-    """Each rank has a share of every expert's inner dim: the ranks' sums are added up."""
-
-    def __init__(self, comm: Comm) -> None:
-        self._comm = comm
-
-    def __call__(
-        self,
-        x_TH: Tensor,
-        experts_TK: Tensor,
-        weights_TK: Tensor,
-        num_tokens: int,
-        group_tokens: tuple[int, ...],
-        compute: Compute,
-    ) -> Tensor:
-        """See ``exchange.Exchange``."""
-        return self._comm.all_reduce(compute(x_TH, experts_TK, weights_TK, num_tokens))

@@ -89,7 +89,7 @@ def computing(local: range, seen: list[int] | None = None) -> Compute:
 
 def exchanged(mesh: Mesh, name: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     exchanges: dict[str, Exchange] = {
-        "replicated": ReplicatedExchange(mesh),
+        "replicated": ReplicatedExchange(mesh.ep),
         "all_gather": AllGatherExchange(mesh),
         "all_to_all": AllToAllExchange(mesh, NUM_EXPERTS, CPU, exact=True),
         "all_to_all_fixed": AllToAllExchange(mesh, NUM_EXPERTS, CPU, exact=False),
@@ -195,7 +195,7 @@ def mesh_of(axes: Axes) -> Mesh:
     ("axes", "name", "kind"),
     [
         (Axes(), "all_to_all", LocalExchange),
-        (Axes(tp=2), "auto", LocalExchange),
+        (Axes(tp=2), "auto", ReplicatedExchange),
         (Axes(dp=2), "all_to_all", LocalExchange),
         (Axes(ep=2), "auto", ReplicatedExchange),
         (Axes(tp=2, ep=2), "all_to_all", ReplicatedExchange),
