@@ -118,6 +118,7 @@ class GatewayServer:
             links=self._links,
             clock=self._clock,
             limits=settings.limits,
+            queue_timeout_s=settings.queue_timeout_s,
             place_timeout_s=settings.place_timeout_s,
             on_replay=self._metrics.replayed,
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from baton.core.config import GatewayConfig, ServeConfig
 
+_PLACE_TIMEOUT_S = 10.0
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GatewaySettings:
@@ -21,12 +23,14 @@ class GatewaySettings:
     controller_address: str
     gateway_id: str
     node_id: str
+    queue_timeout_s: float
+    """How long the controller lets a request wait for its place."""
     max_model_len: int | None = None
     """Bound set by the operator or the cache; the model's own limit and what the instances
     report bound it further."""
     dtype: str = "float32"
     limits: GatewayConfig = dataclasses.field(default_factory=GatewayConfig)
-    place_timeout_s: float = 10.0
+    place_timeout_s: float = _PLACE_TIMEOUT_S
     """How long a new request waits for its first placement while the controller is away."""
 
     def __post_init__(self) -> None:
@@ -56,4 +60,6 @@ class GatewaySettings:
             max_model_len=min((bound for bound in bounds if bound is not None), default=None),
             dtype=config.engine.dtype,
             limits=config.gateway,
+            queue_timeout_s=config.controller.queue_timeout_s,
+            place_timeout_s=max(_PLACE_TIMEOUT_S, config.controller.queue_timeout_s),
         )

@@ -37,8 +37,21 @@ class Surroundings:
     links: Links
     clock: Clock
     limits: GatewayConfig
+    queue_timeout_s: float
+    """The controller's."""
     place_timeout_s: float
     on_replay: Callable[[LossReason], None]
+
+
+def patience_s(waited_s: float, *, replay_timeout_s: float, queue_timeout_s: float) -> float:
+    """How long a new place may take after a loss; all in seconds.
+
+    A client that waited ``waited_s`` for its last places has less patience left: between two
+    tokens it waits no longer than one may for a first place or a new one, however many instances
+    die under it.
+    """
+    longest_s = max(replay_timeout_s, queue_timeout_s)
+    return max(0.0, min(replay_timeout_s, longest_s - waited_s))
 
 
 class SubmissionRun:
@@ -64,7 +77,10 @@ class SubmissionRun:
         self._excluded: dict[str, None] = {}
         self._num_replays = 0
         self._num_refusals = 0
-        self._lost_since_s: float | None = None
+        self._waited_s = 0.0
+        """For a place, since the last token."""
+        self._patient_until_s: float | None = None
+        """Set by a loss, cleared by a token."""
         self._parts: dict[Target, Part] = {}
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -115,7 +131,9 @@ class SubmissionRun:
             parent_request_id=self._parent_request_id,
         )
         timeout_s = min(timeout_s, max(0.0, self._deadline_s - now))
-        return await self._around.cluster.place(request, timeout_s=timeout_s)
+        placement = await self._around.cluster.place(request, timeout_s=timeout_s)
+        self._waited_s += self._around.clock.now() - now
+        return placement
 
     def _lose(self, loss: Loss) -> Delta | None:
         """Give the attempt up everywhere; the end, if all tokens had come already."""
@@ -145,13 +163,17 @@ class SubmissionRun:
             loss.error.message,
         )
         limits, now = self._around.limits, self._around.clock.now()
-        if self._lost_since_s is None:
-            self._lost_since_s = now
-        left_s = self._lost_since_s + limits.replay_timeout_s - now
+        if self._patient_until_s is None:
+            self._patient_until_s = now + patience_s(
+                self._waited_s,
+                replay_timeout_s=limits.replay_timeout_s,
+                queue_timeout_s=self._around.queue_timeout_s,
+            )
+        left_s = self._patient_until_s - now
         if self._num_replays > limits.max_replays or self._num_refusals > _MAX_REFUSALS:
             raise self._gave_up(loss, f"given up after {self._journal.attempt} attempts")
         if left_s <= 0:
-            raise self._gave_up(loss, f"no other instance within {limits.replay_timeout_s:g} s")
+            raise self._gave_up(loss, "no other instance in time (gateway.replay_timeout_s)")
         try:
             return await self._place(left_s)
         except BatonError as error:
@@ -229,7 +251,7 @@ class SubmissionRun:
         if isinstance(item, Output):
             deltas, loss = journal.accept(item.output, item.target.instance_id, now)
             if any(delta.token_ids for delta in deltas):
-                self._lost_since_s = None
+                self._patient_until_s, self._waited_s = None, 0.0
             return deltas, loss
         if self._parts[item.target] is Part.PREFILL:
             # The decode side recomputes what it did not get; it is only watched more closely.

@@ -37,6 +37,7 @@ async def address(model_dir: Path) -> AsyncIterator[str]:
             gateway_id="gw-test",
             node_id="node",
             limits=GatewayConfig(max_body_bytes=8192, max_n=4),
+            queue_timeout_s=0.3,
             place_timeout_s=0.3,
         )
     )

@@ -35,6 +35,7 @@ def settings(model: Path, **changes: Any) -> GatewaySettings:
         "gateway_id": "gw-test",
         "node_id": "node",
         "limits": GatewayConfig(max_body_bytes=MAX_BODY, max_n=4),
+        "queue_timeout_s": 0.3,
         "place_timeout_s": 0.3,
     }
     return GatewaySettings(**{**values, **changes})

@@ -107,6 +107,7 @@ async def toy_cluster(tmp_path: Path, model_dir: Path) -> AsyncIterator[Toy]:
             gateway_id="gw-0",
             node_id="node",
             limits=GatewayConfig(gap_timeout_s=1.0, replay_timeout_s=2.0, max_replays=3),
+            queue_timeout_s=1.0,
             place_timeout_s=5.0,
         )
         gateway = GatewayServer(settings)
