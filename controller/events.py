@@ -7,6 +7,7 @@ is one open stream of an instance or member. The core never sees a socket.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Placement, Role
 from baton.core.errors import BatonError, Code, Stage, error_from_code
@@ -236,10 +237,13 @@ class Registered:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Placed:
-    """Answer a batch, in the order of its queries."""
+    """Answer those of a batch's queries that are decided now."""
 
     call_id: CallId
-    results: tuple[Placement | Failure, ...]
+    results: Mapping[int, Placement | Failure]
+    """By the query's index in the batch."""
+    last: bool
+    """Whether the whole batch is answered with these."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -58,8 +58,8 @@ class ControllerMetrics:
             self.role_switches.labels(result)
 
     def observe_placed(self, command: Placed) -> None:
-        """Count a batch's results."""
-        num_placed = sum(isinstance(result, Placement) for result in command.results)
+        """Count results."""
+        num_placed = sum(isinstance(r, Placement) for r in command.results.values())
         self.placements.labels("placed").inc(num_placed)
         self.placements.labels("refused").inc(len(command.results) - num_placed)
 

@@ -1,8 +1,8 @@
 """Placements: decide a batch at once, queue what nothing can take yet, refuse what waited long.
 
 The queue is one list in order of priority, then arrival. It is tried again whenever something
-became usable, and each entry has its own deadline; a batch is answered when its last query is
-decided.
+became usable, and each entry has its own deadline. A query is answered when it is decided: one that
+must wait holds up no other of its batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from controller.traces import TraceBook
 class _Batch:
     call_id: CallId
     gateway_id: str
-    results: list[Placement | Failure | None]
+    num_left: int
+    """Queries without a result."""
+    fresh: dict[int, Placement | Failure] = dataclasses.field(default_factory=dict)
+    """Results not answered yet, by index."""
+
+    def decide(self, index: int, result: Placement | Failure) -> None:
+        self.num_left -= 1
+        self.fresh[index] = result
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,7 +66,7 @@ class PlacementDesk:
 
     def place(self, event: PlaceRequests, now: float) -> None:
         """Decide a batch; what nothing can take yet is queued."""
-        batch = _Batch(event.call_id, event.gateway_id, [None] * len(event.queries))
+        batch = _Batch(event.call_id, event.gateway_id, len(event.queries))
         order = sorted(range(len(event.queries)), key=lambda i: (-event.queries[i].priority, i))
         for index in order:
             query = event.queries[index]
@@ -68,18 +75,21 @@ class PlacementDesk:
             if isinstance(result, policy.NoChoice):
                 self._enqueue(query, batch, index, result, now)
             else:
-                batch.results[index] = result
+                batch.decide(index, result)
         self._answer(batch)
 
     def retry(self, now: float) -> None:
         """Something became usable: try the queue again, in order."""
+        touched: dict[CallId, _Batch] = {}
         for entry in list(self._queue):
             result = self._decide(entry.query, entry.batch.gateway_id, now)
             if isinstance(result, policy.NoChoice):
                 continue
             self._dequeue(entry)
-            entry.batch.results[entry.index] = result
-            self._answer(entry.batch)
+            entry.batch.decide(entry.index, result)
+            touched[entry.batch.call_id] = entry.batch
+        for batch in touched.values():
+            self._answer(batch)
 
     def expire(self, number: int) -> None:
         """An entry waited as long as it may."""
@@ -87,16 +97,13 @@ class PlacementDesk:
         self._dequeue(entry)
         why = policy.choose(entry.query, self._state.columns.view, self._num_decisions)
         reason = why.reason if isinstance(why, policy.NoChoice) else "it waited too long"
-        entry.batch.results[entry.index] = self._refuse(entry.query, reason)
+        entry.batch.decide(entry.index, self._refuse(entry.query, reason))
         self._answer(entry.batch)
 
     def call_gone(self, call_id: CallId) -> None:
-        """Nobody waits for this batch any more: uncount and unqueue it."""
+        """Nobody waits for this batch any more: what is left of it is not placed."""
         for entry in [e for e in self._queue if e.batch.call_id == call_id]:
             self._dequeue(entry)
-            for result in entry.batch.results:
-                if isinstance(result, Placement):
-                    self.ended(result.request_id, result.attempt)
 
     def ended(self, request_id: str, attempt: int) -> None:
         """An attempt is over; a newer one, if there is, is not.
@@ -107,7 +114,7 @@ class PlacementDesk:
         if entry is not None and entry.query.attempt <= attempt:
             self._dequeue(entry)
             reason = "the request ended while it waited"
-            entry.batch.results[entry.index] = Failure(Code.ABORTED, reason, Stage.PLACEMENT)
+            entry.batch.decide(entry.index, Failure(Code.ABORTED, reason, Stage.PLACEMENT))
             self._answer(entry.batch)
         placement = self._state.open.get(request_id)
         if placement is not None and placement.attempt <= attempt:
@@ -123,8 +130,7 @@ class PlacementDesk:
         """Refuse everything that still waits."""
         for entry in list(self._queue):
             self._dequeue(entry)
-            failure = self._refuse(entry.query, "the controller stops")
-            entry.batch.results[entry.index] = failure
+            entry.batch.decide(entry.index, self._refuse(entry.query, "the controller stops"))
             self._answer(entry.batch)
 
     def _decide(
@@ -160,7 +166,7 @@ class PlacementDesk:
         if wait_s <= 0 or len(self._queue) >= self._config.max_queued_placements:
             full = wait_s > 0
             reason = f"{why.reason}, and too many wait already" if full else why.reason
-            batch.results[index] = self._refuse(query, reason)
+            batch.decide(index, self._refuse(query, reason))
             return
         self._num_entries += 1
         entry = _Queued(self._num_entries, query, batch, index)
@@ -181,9 +187,9 @@ class PlacementDesk:
         return Failure(Code.UNAVAILABLE, reason, Stage.PLACEMENT, retry_after_s=retry_after_s)
 
     def _answer(self, batch: _Batch) -> None:
-        results = [result for result in batch.results if result is not None]
-        if len(results) == len(batch.results):
-            self._state.emit(Placed(batch.call_id, tuple(results)))
+        if batch.fresh or not batch.num_left:
+            self._state.emit(Placed(batch.call_id, batch.fresh, last=not batch.num_left))
+            batch.fresh = {}
 
 
 def _problem(query: PlaceQuery) -> Failure | None:

@@ -133,12 +133,18 @@ class ControllerServicer(controller_pb2_grpc.ControllerServicer):
 
     async def Place(  # noqa: D102
         self, request: controller_pb2.PlaceBatch, context: Context
-    ) -> controller_pb2.PlaceBatchReply:
-        reply: events.Placed = await _ask(
-            self._shell, context, lambda call_id: wire.place_requests(call_id, request)
-        )
-        pairs = zip(request.requests, reply.results, strict=True)
-        return controller_pb2.PlaceBatchReply(replies=[wire.place_reply(r, p) for r, p in pairs])
+    ) -> AsyncIterator[controller_pb2.PlaceBatchReply]:
+        batch = self._shell.place(lambda call_id: wire.place_requests(call_id, request))
+        try:
+            async with contextlib.aclosing(batch):
+                async for placed in batch:
+                    replies = [
+                        wire.place_reply(request.requests[index], result)
+                        for index, result in placed.results.items()
+                    ]
+                    yield controller_pb2.PlaceBatchReply(replies=replies)
+        except BatonError as error:
+            await abort_with(context, error)
 
     async def ReportOutcomes(  # noqa: D102
         self, request: controller_pb2.OutcomeBatch, context: Context

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from baton.core.clock import Clock
-from baton.core.errors import Code, Stage, Unavailable
+from baton.core.errors import BatonError, Code, Stage, Unavailable
 from controller import events, wire
 from controller.core import ControllerCore
 from controller.events import Command, Event
@@ -58,6 +58,7 @@ class ControllerShell:
         self._writer = writer
         self._metrics = metrics
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._batches: dict[int, asyncio.Queue[events.Placed | BatonError]] = {}
         self._sessions: dict[int, Session] = {}
         self._watchers: dict[int, Watcher] = {}
         self._num_ids = 0
@@ -85,11 +86,7 @@ class ControllerShell:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
-            if isinstance(event, events.PlaceRequests):
-                with self._metrics.decision_s.time():
-                    self.feed(event)
-            else:
-                self.feed(event)
+            self.feed(event)
             return await future
         except asyncio.CancelledError:
             if call_id in self._calls:
@@ -97,6 +94,30 @@ class ControllerShell:
             raise
         finally:
             self._calls.pop(call_id, None)
+
+    async def place(
+        self, make_event: Callable[[int], events.PlaceRequests]
+    ) -> AsyncGenerator[events.Placed, None]:
+        """Have a batch placed; answers as they are decided. Close it: the core is told then."""
+        if self.stopping:
+            raise _stopping()
+        call_id = self._next_id()
+        answers: asyncio.Queue[events.Placed | BatonError] = asyncio.Queue()
+        self._batches[call_id] = answers
+        done = False
+        try:
+            with self._metrics.decision_s.time():
+                self.feed(make_event(call_id))
+            while not done:
+                answer = await answers.get()
+                if isinstance(answer, BatonError):
+                    raise answer
+                done = answer.last
+                yield answer
+        finally:
+            del self._batches[call_id]
+            if not done:
+                self.feed(events.CallGone(call_id))
 
     # Streams
 
@@ -143,6 +164,8 @@ class ControllerShell:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(_stopping())
+        for answers in self._batches.values():
+            answers.put_nowait(_stopping())
         for session in self._sessions.values():
             self._close(session, None)
         for watcher in self._watchers.values():
@@ -184,9 +207,12 @@ class ControllerShell:
                 self._writer.raise_epoch(epoch)
             case events.RoleSwitchEnded(result):
                 self._metrics.role_switches.labels(result).inc()
+            case events.Placed(call_id):
+                self._metrics.observe_placed(command)
+                answers = self._batches.get(call_id)
+                if answers is not None:
+                    answers.put_nowait(command)
             case _:
-                if isinstance(command, events.Placed):
-                    self._metrics.observe_placed(command)
                 future = self._calls.get(command.call_id)
                 if future is not None and not future.done():
                     future.set_result(command)

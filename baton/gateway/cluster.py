@@ -249,19 +249,21 @@ class Cluster:
             gateway_id=self._member.gateway_id, requests=[item.request for item in batch]
         )
         timeout_s = max(item.request.budget_s for item in batch) + _PLACE_SLACK_S / 2
+        left = {(item.request.request_id, item.request.attempt): item for item in batch}
         try:
-            reply = await self._stub.Place(message, timeout=timeout_s)
+            async for reply in self._stub.Place(message, timeout=timeout_s):
+                for answer in reply.replies:
+                    item = left.pop((answer.request_id, answer.attempt))
+                    if item.future.done():
+                        continue
+                    if answer.HasField("error"):
+                        self._fail(item, error_from_info(answer.error))
+                    else:
+                        item.future.set_result(_placement(answer))
         except grpc.aio.AioRpcError as error:
-            self._retry_or_fail(batch, error)
+            self._retry_or_fail(list(left.values()), error)
             return
-        for item, answer in zip(batch, reply.replies, strict=False):
-            if item.future.done():
-                continue
-            if answer.HasField("error"):
-                self._fail(item, error_from_info(answer.error))
-            else:
-                item.future.set_result(_placement(answer))
-        for item in batch[len(reply.replies) :]:
+        for item in left.values():
             self._fail(item, self._no_placement())
 
     def _retry_or_fail(self, batch: list[_Pending], error: grpc.aio.AioRpcError) -> None:

@@ -145,7 +145,12 @@ class Cluster:
         values = {"num_prompt_tokens": 10, "max_new_tokens": 5, **values}
         requests = [pb.PlaceRequest(request_id=n, budget_s=budget_s, **values) for n in names]
         batch = pb.PlaceBatch(gateway_id="g", requests=requests)
-        return (await within(self.control.Place(batch))).replies
+
+        async def answers() -> list[pb.PlaceReply]:
+            return [r async for reply in self.control.Place(batch) for r in reply.replies]
+
+        found = {reply.request_id: reply for reply in await within(answers())}
+        return [found[name] for name in names]
 
     async def status(self) -> cluster_pb2.ClusterStatus:
         status = await within(self.operate.GetStatus(cluster_pb2.GetStatusRequest()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -37,6 +39,8 @@ class ControllerMachine(RuleBasedStateMachine):
         self.placed: dict[str, int] = {}
         self.calls: set[int] = set()
         self.answered: set[int] = set()
+        self.batches: dict[int, set[int]] = {}
+        """Indices of queries that are not answered, by call."""
         self.gone: set[int] = set()
         self.forced = False
 
@@ -64,9 +68,11 @@ class ControllerMachine(RuleBasedStateMachine):
                 case events.CloseSession(session):
                     if session in owner:
                         del self.sessions[owner[session]]
-                case events.Placed(call_id, results):
-                    self.check_placed(results)
-                    self.answer(call_id)
+                case events.Placed(call_id, results, last):
+                    self.check_placed(call_id, results)
+                    assert last is not bool(self.batches[call_id]), "last when none is left"
+                    if last:
+                        self.answer(call_id)
                 case (
                     events.Registered(call_id)
                     | events.RoleSet(call_id)
@@ -82,8 +88,11 @@ class ControllerMachine(RuleBasedStateMachine):
         assert call_id not in self.answered, "answers once"
         self.answered.add(call_id)
 
-    def check_placed(self, results: tuple[object, ...]) -> None:
-        for result in results:
+    def check_placed(self, call_id: int, results: Mapping[int, object]) -> None:
+        assert call_id not in self.gone
+        for index, result in results.items():
+            # Raises KeyError for an answer given twice.
+            self.batches[call_id].remove(index)
             if isinstance(result, Placement):
                 self.placed[result.request_id] = result.attempt
 
@@ -91,6 +100,11 @@ class ControllerMachine(RuleBasedStateMachine):
         self.ids += 1
         self.calls.add(self.ids)
         return self.ids
+
+    def batch(self, *queries: events.PlaceQuery) -> events.PlaceRequests:
+        call_id = self.call()
+        self.batches[call_id] = set(range(len(queries)))
+        return events.PlaceRequests(call_id, "g", queries)
 
     # Members
 
@@ -179,9 +193,9 @@ class ControllerMachine(RuleBasedStateMachine):
             self.ids += 1
             queries.append(events.PlaceQuery(f"r{self.ids}", 0, 10, max_new, priority))
         before = {n: r.state for n, r in self.core.state.instances.items()}
-        commands = self.feed(events.PlaceRequests(self.call(), "g", tuple(queries)))
+        commands = self.feed(self.batch(*queries))
         for reply in only(commands, events.Placed):
-            for result in reply.results:
+            for result in reply.results.values():
                 if isinstance(result, Placement):
                     for target in (result.prefill, result.decode):
                         assert before[target.instance_id] is InstanceState.READY
@@ -199,7 +213,7 @@ class ControllerMachine(RuleBasedStateMachine):
     def replay(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.placed)))
         query = events.PlaceQuery(name, self.placed[name] + 1, 10, 5, budget_s=0.0, exclude=("a",))
-        self.feed(events.PlaceRequests(self.call(), "g", (query,)))
+        self.feed(self.batch(query))
 
     @rule(data=st.data())
     @precondition(lambda self: self.calls - self.answered - self.gone)

@@ -81,7 +81,7 @@ def test_batches_spread_over_equals() -> None:
     for name in ("d0", "d1"):
         bench.join(name, "decode")
     queries = [events.PlaceQuery(f"r{i}", 0, 50, 10) for i in range(20)]
-    results = [placed(r) for r in only(bench.place(*queries), events.Placed)[0].results]
+    results = [placed(r) for r in only(bench.place(*queries), events.Placed)[0].results.values()]
     assert [r.request_id for r in results] == [q.request_id for q in queries]
     assert sum(r.prefill.instance_id == "p0" for r in results) == 10
     assert sum(r.decode.instance_id == "d0" for r in results) == 10
@@ -124,11 +124,31 @@ def test_queue_time_is_bounded(budget_s: float | None, wait_s: float) -> None:
 def test_queue_is_bounded() -> None:
     bench = Bench(ControllerConfig(max_queued_placements=3))
     commands = bench.place(*(events.PlaceQuery(f"r{i}") for i in range(5)))
-    assert not only(commands, events.Placed), "the batch waits for its queued part"
+    refused = only(commands, events.Placed)[0]
+    assert set(refused.results) == {3, 4}, "they do not wait for the queued part"
+    assert not refused.last
+    assert all("too many" in failed(r).message for r in refused.results.values())
     assert bench.core.placements.num_queued == 3
-    results = only(bench.join("m"), events.Placed)[0].results
-    assert [isinstance(r, events.Failure) for r in results] == [False] * 3 + [True] * 2
-    assert "too many" in failed(results[4]).message
+    rest = only(bench.join("m"), events.Placed)[0]
+    assert rest.last
+    assert [placed(rest.results[i]).request_id for i in range(3)] == ["r0", "r1", "r2"]
+
+
+def test_each_of_a_batch_waits_for_itself() -> None:
+    bench = Bench()
+    queries = [events.PlaceQuery(f"r{i}", budget_s=b) for i, b in enumerate((2.0, 1.0))]
+    assert not only(bench.place(*queries), events.Placed)
+    first = only(bench.advance(1.01), events.Placed)[0]
+    assert failed(first.results[1]).code is Code.UNAVAILABLE
+    assert (set(first.results), first.last) == ({1}, False)
+    rest = only(bench.join("m"), events.Placed)[0]
+    assert placed(rest.results[0]).request_id == "r0"
+    assert rest.last
+
+
+def test_an_empty_batch_is_answered() -> None:
+    reply = only(Bench().place(), events.Placed)[0]
+    assert (dict(reply.results), reply.last) == ({}, True)
 
 
 def test_callers_that_hang_up_leave_the_queue() -> None:
@@ -141,19 +161,21 @@ def test_callers_that_hang_up_leave_the_queue() -> None:
     assert set(bench.core.state.open) == {"one"}
     bench.feed(events.CallGone(call_id))
     assert bench.core.placements.num_queued == 0
+    assert set(bench.core.state.open) == {"one"}, "it was answered: its end will be reported"
+    bench.end("one")
     assert not bench.core.state.open
 
 
 def test_what_ended_while_it_waited_is_never_placed() -> None:
     bench = Bench()
-    commands = bench.place(*(events.PlaceQuery(name, attempt=1) for name in ("gone", "waits")))
+    bench.place(*(events.PlaceQuery(name, attempt=1) for name in ("gone", "waits")))
     bench.end("gone", attempt=0)
     assert bench.core.placements.num_queued == 2, "an older attempt ended, not this one"
-    commands = bench.end("gone", attempt=1)
-    assert not only(commands, events.Placed), "the other one of the batch still waits"
+    gone = only(bench.end("gone", attempt=1), events.Placed)[0]
+    assert failed(gone.results[0]).code is Code.ABORTED
+    assert not gone.last, "the other one of the batch still waits"
     assert bench.core.placements.num_queued == 1
     results = only(bench.join("m"), events.Placed)[0].results
-    assert failed(results[0]).code is Code.ABORTED
     assert placed(results[1]).attempt == 1
     assert set(bench.core.state.open) == {"waits"}
 

@@ -555,9 +555,7 @@ class PlaceBatchReply(_message.Message):
 
     REPLIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlaceReply]:
-        """in the order of the requests"""
-
+    def replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlaceReply]: ...
     def __init__(
         self,
         *,

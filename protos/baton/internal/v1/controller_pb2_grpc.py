@@ -49,7 +49,7 @@ class ControllerStub:
                 request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.MemberHeartbeat.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.ClusterView.FromString,
                 _registered_method=True)
-        self.Place = channel.unary_unary(
+        self.Place = channel.unary_stream(
                 '/baton.internal.v1.Controller/Place',
                 request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.PlaceBatch.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.PlaceBatchReply.FromString,
@@ -86,7 +86,8 @@ class ControllerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Place(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Each request is answered as soon as it is decided: one that must queue holds up no other.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -115,7 +116,7 @@ def add_ControllerServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.MemberHeartbeat.FromString,
                     response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.ClusterView.SerializeToString,
             ),
-            'Place': grpc.unary_unary_rpc_method_handler(
+            'Place': grpc.unary_stream_rpc_method_handler(
                     servicer.Place,
                     request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.PlaceBatch.FromString,
                     response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.PlaceBatchReply.SerializeToString,
@@ -228,7 +229,7 @@ class Controller:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/baton.internal.v1.Controller/Place',

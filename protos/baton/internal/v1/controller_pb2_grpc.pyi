@@ -37,7 +37,8 @@ class ControllerStub:
     """Heartbeats up, directives down; the end of the stream makes the instance suspect at once."""
     MemberSession: _grpc.StreamStreamMultiCallable[_controller_pb2.MemberHeartbeat, _controller_pb2.ClusterView]
     """Gateways and pool nodes: presence only; the member is gone when the stream ends."""
-    Place: _grpc.UnaryUnaryMultiCallable[_controller_pb2.PlaceBatch, _controller_pb2.PlaceBatchReply]
+    Place: _grpc.UnaryStreamMultiCallable[_controller_pb2.PlaceBatch, _controller_pb2.PlaceBatchReply]
+    """Each request is answered as soon as it is decided: one that must queue holds up no other."""
     ReportOutcomes: _grpc.UnaryUnaryMultiCallable[_controller_pb2.OutcomeBatch, _controller_pb2.OutcomeReply]
 
 @_typing.type_check_only
@@ -49,7 +50,8 @@ class ControllerAsyncStub(ControllerStub):
     """Heartbeats up, directives down; the end of the stream makes the instance suspect at once."""
     MemberSession: _aio.StreamStreamMultiCallable[_controller_pb2.MemberHeartbeat, _controller_pb2.ClusterView]  # type: ignore[assignment]
     """Gateways and pool nodes: presence only; the member is gone when the stream ends."""
-    Place: _aio.UnaryUnaryMultiCallable[_controller_pb2.PlaceBatch, _controller_pb2.PlaceBatchReply]  # type: ignore[assignment]
+    Place: _aio.UnaryStreamMultiCallable[_controller_pb2.PlaceBatch, _controller_pb2.PlaceBatchReply]  # type: ignore[assignment]
+    """Each request is answered as soon as it is decided: one that must queue holds up no other."""
     ReportOutcomes: _aio.UnaryUnaryMultiCallable[_controller_pb2.OutcomeBatch, _controller_pb2.OutcomeReply]  # type: ignore[assignment]
 
 class ControllerServicer(metaclass=_abc_1.ABCMeta):
@@ -82,7 +84,8 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _controller_pb2.PlaceBatch,
         context: _ServicerContext,
-    ) -> _typing.Union[_controller_pb2.PlaceBatchReply, _abc.Awaitable[_controller_pb2.PlaceBatchReply]]: ...
+    ) -> _typing.Union[_abc.Iterator[_controller_pb2.PlaceBatchReply], _abc.AsyncIterator[_controller_pb2.PlaceBatchReply]]:
+        """Each request is answered as soon as it is decided: one that must queue holds up no other."""
 
     @_abc_1.abstractmethod
     def ReportOutcomes(
