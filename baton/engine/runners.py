@@ -43,13 +43,10 @@ def check_ranks(checkpoint: Checkpoint, config: EngineConfig) -> None:
 
 
 def _check_device(config: EngineConfig) -> None:
-    if config.device == "cuda":
-        import torch
+    if config.device != "cpu":
+        from baton.engine.ops.devices import find_device
 
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "device cuda: torch finds no CUDA device here; use device cpu", param="device"
-            )
+        find_device(config.device)
 
 
 def _cannot(checkpoint: Checkpoint, problem: str) -> ConfigError:
