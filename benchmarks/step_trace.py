@@ -144,7 +144,7 @@ async def record(args: argparse.Namespace) -> Recorder:
         max_model_len=resolve_max_model_len(checkpoint.config, config),
         salt=block_salt(
             model_fingerprint=checkpoint.fingerprint,
-            layout=kv_layout(checkpoint.config, config).text,
+            layout=kv_layout(checkpoint.config, config).canonical.text,
         ),
     )
     engine.recorder = recorder

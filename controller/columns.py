@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Role
+from kvpool.layout import canonical_text
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -30,7 +31,8 @@ class PlacementView:
     takes_prefill: Bools
     takes_decode: Bools
     group: Ints
-    """Equal numbers: same model fingerprint and KV layout, so blocks can be handed over."""
+    """Equal numbers: same model fingerprint, and KV layouts that differ in the number of shards at
+    most, so blocks can be handed over."""
     max_tokens: Ints
     """The longest sequence that fits, by model length and by blocks."""
     max_num_seqs: Ints
@@ -94,7 +96,7 @@ class Columns:
 
     def set_info(self, row: int, info: InstanceInfo) -> None:
         """Take over what an instance says it is."""
-        key = (info.model_fingerprint, info.kv_layout)
+        key = (info.model_fingerprint, canonical_text(info.kv_layout))
         ints = self._ints
         ints("group")[row] = self._groups.setdefault(key, len(self._groups))
         ints("max_tokens")[row] = min(info.max_model_len, info.num_blocks * info.block_size)

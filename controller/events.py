@@ -175,6 +175,7 @@ class RequestEnded:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    cached_by_tier: Mapping[str, int] = dataclasses.field(default_factory=dict)
     ttft_s: float = 0.0
     tpot_s: float = 0.0
     attempts: tuple[AttemptEnded, ...] = ()

@@ -52,10 +52,25 @@ class ControllerMetrics:
             buckets=_DECISION_BUCKETS_S,
             registry=registry,
         )
+        self.index_blocks = Gauge(
+            "baton_controller_index_blocks",
+            "Different KV blocks that somebody has",
+            registry=registry,
+        )
+        self.index_holders = Gauge(
+            "baton_controller_index_holders",
+            "Instances and pool nodes in the index",
+            registry=registry,
+        )
         for outcome in ("placed", "refused"):
             self.placements.labels(outcome)
         for result in ("done", "refused", "timed_out", "lost"):
             self.role_switches.labels(result)
+
+    def observe_blocks(self, num_blocks: int, num_holders: int) -> None:
+        """After a report of KV blocks."""
+        self.index_blocks.set(num_blocks)
+        self.index_holders.set(num_holders)
 
     def observe_placed(self, command: Placed) -> None:
         """Count results."""

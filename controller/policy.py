@@ -74,7 +74,7 @@ def choose(query: PlaceQuery, view: PlacementView, draw: int) -> Choice | NoChoi
 
     pair = _cheapest(view, prefill_ok, decode_ok, prefill_cost, decode_cost, single, draw)
     if pair is None:
-        return NoChoice("no ready prefill and decode instance share a model and a KV layout")
+        return NoChoice("no ready prefill and decode instance can exchange KV blocks")
     prefill, decode = pair
     reason = (
         f"least loaded: prefill {view.names[prefill]} at {prefill_cost[prefill]:.3f}, "

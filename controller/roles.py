@@ -16,6 +16,7 @@ from controller import events
 from controller.events import Failure
 from controller.membership import InstanceState
 from controller.state import ClusterState, InstanceRecord, RoleSwitch
+from kvpool.layout import canonical_text
 
 SWITCH_TIMEOUT_S = 5.0
 ROLE_KEY_PREFIX = "role/"
@@ -128,7 +129,8 @@ class RoleDesk:
         for record in self._state.instances.values():
             if not record.state.placeable:
                 continue
-            group = (record.info.model_fingerprint, record.info.kv_layout)
+            info = record.info
+            group = (info.model_fingerprint, canonical_text(info.kv_layout))
             if record is switching:
                 role = record.info.role
                 before.append((group, role.takes_prefill, role.takes_decode))

@@ -152,6 +152,20 @@ class ControllerServicer(controller_pb2_grpc.ControllerServicer):
         self._shell.feed(wire.outcomes(request))
         return controller_pb2.OutcomeReply()
 
+    async def ReportBlocks(  # noqa: D102
+        self, request: controller_pb2.BlockReport, context: Context
+    ) -> controller_pb2.BlockReportReply:
+        try:
+            return self._shell.report_blocks(request)
+        except BatonError as error:
+            await abort_with(context, error)
+
+    async def LocateBlocks(  # noqa: D102
+        self, request: controller_pb2.LocateBlocksRequest, context: Context
+    ) -> controller_pb2.LocateBlocksReply:
+        shell = self._shell
+        return shell.blocks.locate(list(request.keys), shell.pool_address, shell.num_pool_nodes)
+
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
     """``baton.v1.Cluster``: operators. ``constants`` fills what never changes of a status."""

@@ -14,8 +14,10 @@ from typing import Any
 from baton.core.clock import Clock
 from baton.core.errors import BatonError, Code, Stage, Unavailable
 from controller import events, wire
+from controller.block_directory import BlockDirectory
 from controller.core import ControllerCore
 from controller.events import Command, Event
+from controller.membership import InstanceState
 from controller.metrics import ControllerMetrics
 from controller.store_writer import StoreWriter
 from protos.baton.internal.v1 import controller_pb2
@@ -57,6 +59,7 @@ class ControllerShell:
         self.clock = clock
         self._writer = writer
         self._metrics = metrics
+        self.blocks = BlockDirectory()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._batches: dict[int, asyncio.Queue[events.Placed | BatonError]] = {}
         self._sessions: dict[int, Session] = {}
@@ -147,12 +150,41 @@ class ControllerShell:
         """The stream is over."""
         del self._watchers[watcher.session_id]
         self.feed(events.MemberGone(watcher.session_id))
+        self.blocks.keep_only(self._holders())
 
     def view(self) -> controller_pb2.ClusterView:
         """The cluster as watchers see it; one object per version."""
         if self._view is None:
             self._view = wire.cluster_view(self.core.state)
         return self._view
+
+    def _holders(self) -> set[str]:
+        """Who may have KV blocks: instances that are not dead, and pool nodes."""
+        state = self.core.state
+        alive = {
+            name
+            for name, record in state.instances.items()
+            if record.state is not InstanceState.DEAD
+        }
+        return alive | {m.member_id for m in state.members.values() if m.kind == "pool"}
+
+    def report_blocks(self, report: controller_pb2.BlockReport) -> controller_pb2.BlockReportReply:
+        """A holder of KV blocks says what it has. Raises InvalidRequest."""
+        reply = self.blocks.report(report)
+        self._metrics.observe_blocks(self.blocks.index.num_blocks, self.blocks.index.num_holders)
+        return reply
+
+    @property
+    def num_pool_nodes(self) -> int:
+        """Pool nodes that are here."""
+        return len({m.member_id for m in self.core.state.members.values() if m.kind == "pool"})
+
+    def pool_address(self, holder: str) -> str:
+        """Where a pool node is reached; empty for any other holder."""
+        for member in self.core.state.members.values():
+            if member.kind == "pool" and member.member_id == holder:
+                return member.address
+        return ""
 
     def stop(self) -> None:
         """Answer every call and end every stream; no new ones are taken."""
@@ -197,6 +229,7 @@ class ControllerShell:
             case events.PublishView():
                 self._view = None
                 self._metrics.observe_membership(self.core.state)
+                self.blocks.keep_only(self._holders())
                 for watcher in self._watchers.values():
                     watcher.changed.set()
             case events.StorePut(key, value):

@@ -114,6 +114,7 @@ def outcomes(batch: controller_pb2.OutcomeBatch) -> events.OutcomesReported:
                 prompt_tokens=outcome.prompt_tokens,
                 completion_tokens=outcome.completion_tokens,
                 cached_tokens=outcome.cached_tokens,
+                cached_by_tier=dict(outcome.cached_by_tier),
                 ttft_s=outcome.ttft_s,
                 tpot_s=outcome.tpot_s,
                 attempts=tuple(_attempt_ended(attempt) for attempt in outcome.attempts),
@@ -167,6 +168,7 @@ def explanation(trace: RequestTrace) -> cluster_pb2.ExplainResponse:
         response.prompt_tokens = ended.prompt_tokens
         response.completion_tokens = ended.completion_tokens
         response.cached_tokens = ended.cached_tokens
+        response.cached_by_tier.update(ended.cached_by_tier)
         response.ttft_s, response.tpot_s = ended.ttft_s, ended.tpot_s
     for entry in sorted(trace.attempts.values(), key=lambda e: (e.choice, e.attempt)):
         message = response.attempts.add(

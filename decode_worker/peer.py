@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol
 
 import grpc
@@ -160,7 +160,11 @@ class PeerLink:
                 f"{self.target.instance_id} is at incarnation {welcome.incarnation}, "
                 f"not {self.target.incarnation}"
             )
-        return tuple(
-            Endpoint(item.transport, item.address, item.token, item.layout)
-            for item in welcome.endpoints
-        )
+        return endpoints_from(welcome.endpoints)
+
+
+def endpoints_from(records: Iterable[instance_pb2.EndpointRecord]) -> tuple[Endpoint, ...]:
+    """From the wire."""
+    return tuple(
+        Endpoint(item.transport, item.address, item.token, item.layout) for item in records
+    )

@@ -24,7 +24,7 @@ from baton.core.cluster import Target
 from baton.core.errors import TransferFailed
 from baton.core.request import TokenOutput
 from baton.engine.events import Reserved
-from decode_worker.peer import Key, PeerLink
+from decode_worker.peer import Key, PeerLink, endpoints_from
 from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt
 from kvpool.transports import TransportSet
 from protos.baton.internal.v1 import instance_pb2
@@ -55,6 +55,8 @@ class _Pull:
     first_output: TokenOutput | None = None
     """Token 0, with the last chunk."""
     pulling: bool = False
+    moved: bool = False
+    """The blocks being pulled were published anew, from elsewhere."""
     failure: str | None = None
     aborted: bool = False
 
@@ -188,11 +190,13 @@ class DecodeWorker:
             pull.failure = f"blocks before {chunk.first_block} were never published"
             self._settle(pull)
             return
-        # A prefill that was preempted starts again from block 0.
+        if pull.pulling and chunk.first_block < len(pull.blocks):
+            pull.moved = True
+        # A prefill that was preempted starts again from block 0; so does one whose blocks moved.
         del pull.blocks[chunk.first_block :], pull.generations[chunk.first_block :]
         pull.blocks.extend(chunk.blocks)
         pull.generations.extend(chunk.generations)
-        pull.endpoints = endpoints
+        pull.endpoints = endpoints_from(chunk.endpoints) or endpoints
         if chunk.final:
             pull.first_output = output_from_record(chunk.first_output)
         self._advance(pull)
@@ -239,20 +243,23 @@ class DecodeWorker:
             ]
             pull.pulling = True
             running = asyncio.get_running_loop().run_in_executor(
-                link.threads, self._copy, pull, copies
+                link.threads, self._copy, pull, pull.endpoints, copies
             )
             self._running.add(running)
             running.add_done_callback(lambda future: self._on_pulled(pull, end, future))
         elif pull.arrived:
             self._settle(pull)
 
-    def _copy(self, pull: _Pull, copies: list[BlockCopy]) -> Receipt:
-        """On a transport thread."""
+    def _copy(
+        self, pull: _Pull, endpoints: tuple[Endpoint, ...], copies: list[BlockCopy]
+    ) -> Receipt:
+        """On a transport thread. ``endpoints`` are those that ``copies`` were published with: by
+        now the blocks may have been published anew, under other numbers."""
         if pull.aborted or pull.failure is not None:
             raise TransferFailed("the request ended before the pull began")
         cache, timeout_s = self._cache, self._pull_timeout_s
         try:
-            return self._transports.pull(pull.endpoints, cache, copies, timeout_s=timeout_s)
+            return self._transports.pull(endpoints, cache, copies, timeout_s=timeout_s)
         except BaseException:
             # Half-arrived bytes may be NaN, which attention's masks do not stop.
             for copy in copies:
@@ -262,12 +269,15 @@ class DecodeWorker:
     def _on_pulled(self, pull: _Pull, end: int, future: asyncio.Future[Receipt]) -> None:
         self._running.discard(future)
         pull.pulling = False
+        moved, pull.moved = pull.moved, False
         try:
             receipt = future.result()
         except asyncio.CancelledError:
             pull.failure = pull.failure or _NEVER_RAN
         except TransferFailed as error:
-            pull.failure = pull.failure or error.message
+            # From where the blocks no longer are: what is missing is pulled from where they are.
+            if not moved:
+                pull.failure = pull.failure or error.message
         except Exception as error:  # whatever it was, the bytes are not to be trusted
             logger.exception("pull for %s", pull.key[0])
             pull.failure = repr(error)

@@ -78,7 +78,30 @@ class BlockArena:
             block_bytes=block_bytes,
             layout=layout,
         )
-        path = os.path.join(directory, arena_name(cluster, instance_id, nonce))
+        return cls.create_file(
+            directory,
+            arena_name(cluster, instance_id, nonce),
+            header,
+            what=f"the KV arena of {instance_id}",
+        )
+
+    @classmethod
+    def create_file(
+        cls,
+        directory: str | Path,
+        name: str,
+        header: ArenaHeader,
+        *,
+        what: str,
+        extra: bytes = b"",
+        extra_bytes: int = 0,
+    ) -> BlockArena:
+        """Make a file of the given name, with ``extra_bytes`` after the arena for its owner's use.
+
+        These begin with ``extra``; the rest of them, like all blocks, are zeros. Raises ConfigError
+        if there is not enough room, saying that ``what`` needs it.
+        """
+        path = os.path.join(directory, name)
         temporary = path + TEMPORARY_SUFFIX
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -87,8 +110,9 @@ class BlockArena:
         except OSError as error:
             raise ConfigError(f"cannot make an arena in {directory}: {error}") from error
         try:
-            _reserve(fd, header, directory)
+            _reserve(fd, header.num_bytes + extra_bytes, directory, what)
             os.pwrite(fd, header.pack(), 0)
+            os.pwrite(fd, extra, header.num_bytes)
             mapping = mmap.mmap(fd, header.num_bytes)
             os.rename(temporary, path)
         except BaseException:
@@ -203,14 +227,14 @@ class BlockArena:
                 os.unlink(self._path)
 
 
-def _reserve(fd: int, header: ArenaHeader, directory: str | Path) -> None:
+def _reserve(fd: int, num_bytes: int, directory: str | Path, what: str) -> None:
     """Give the file its pages. What cannot fit is not even tried: others need the room too."""
     stat = os.statvfs(directory)
     free, total = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
     cause: OSError | None = None
-    if not total or header.num_bytes <= free:
+    if not total or num_bytes <= free:
         try:
-            os.posix_fallocate(fd, 0, header.num_bytes)
+            os.posix_fallocate(fd, 0, num_bytes)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
                 raise
@@ -218,8 +242,8 @@ def _reserve(fd: int, header: ArenaHeader, directory: str | Path) -> None:
         else:
             return
     raise ConfigError(
-        f"the KV arena of {header.instance_id} needs {header.num_bytes} bytes, but {directory}"
-        f" has {free} bytes free of {total}: use fewer KV blocks or make it larger",
+        f"{what} needs {num_bytes} bytes, but {directory} has {free} bytes free of {total}:"
+        " use fewer KV blocks or make it larger",
         param="num_blocks",
     ) from cause
 

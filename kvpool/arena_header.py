@@ -54,6 +54,23 @@ def arena_name(cluster: str, instance_id: str, nonce: int) -> str:
     return name
 
 
+def host_arena_prefix(cluster: str) -> str:
+    """What the names of host tiers begin with; no instance's can: ``~h`` escapes nothing."""
+    return f"{arena_prefix(cluster)}~host"
+
+
+def host_arena_name(cluster: str, node: str = "") -> str:
+    """File name of a pool node's host tier.
+
+    ``node``: the same for each start of one pool node, and another for each of several that share
+    a machine's memory. Raises ConfigError if the name is too long for a file.
+    """
+    name = f"{host_arena_prefix(cluster)}-{_escape(node, 'A-Za-z0-9_.-')}"
+    if len(name) + len(TEMPORARY_SUFFIX) > _MAX_NAME_BYTES:
+        raise ConfigError(f"the cluster's name is too long for a file: {name!r}", param="cluster")
+    return name
+
+
 def process_start(pid: int) -> int | None:
     """When a process began, in clock ticks since boot; ``None`` if it is not there.
 

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 
 from baton.core.errors import ConfigError
 from kvpool.arena import BlockArena, cluster_files
-from kvpool.arena_header import TEMPORARY_SUFFIX, ArenaHeader, read_header
+from kvpool.arena_header import TEMPORARY_SUFFIX, ArenaHeader, host_arena_prefix, read_header
 from kvpool.transport import TransportBroken
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,14 @@ class ArenaOwners:
     Lives on one event loop; creation runs in a worker thread, since reserving pages takes time.
     """
 
-    def __init__(self, cluster: str, directory: str) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        directory: str,
+        on_removed: Callable[[ArenaKey], None] = lambda key: None,
+    ) -> None:
+        """``on_removed``: told of each arena that is gone, and so is its owner or its life."""
+        self._on_removed = on_removed
         self._cluster = cluster
         self._directory = directory
         self._arenas: dict[ArenaKey, OwnedArena] = {}
@@ -52,9 +60,13 @@ class ArenaOwners:
         """Take over the files that a former pool node left whose owners still run.
 
         All others of the cluster are removed: half-made, damaged, or of owners that ended.
-        Returns the number adopted. Call once, before the first allocation.
+        Host tiers' files are no instance's and stay. Returns the number adopted. Call once,
+        before the first allocation.
         """
+        host = host_arena_prefix(self._cluster)
         for path in cluster_files(self._cluster, self._directory):
+            if path.name.startswith(host):
+                continue
             try:
                 if path.suffix == TEMPORARY_SUFFIX:
                     raise TransportBroken("it was never completed")
@@ -158,6 +170,7 @@ class ArenaOwners:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(arena.path)
         log.info("removed arena %s: %s", arena.path, why)
+        self._on_removed(key)
         return True
 
     @staticmethod

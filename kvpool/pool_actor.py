@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from kvpool.host_tier import HostTierSpec
 from kvpool.pool_node import PoolNode
 from protos.serving import HostedServer
 
@@ -27,6 +28,7 @@ class PoolNodeActor:
         host: str,
         port: int,
         controller_address: str | None,
+        tier: HostTierSpec | None = None,
     ) -> None:
         node_id = ray.get_runtime_context().get_node_id()
         self._server = HostedServer(
@@ -39,6 +41,7 @@ class PoolNodeActor:
                 controller_address=controller_address,
                 member_id=f"pool-{node_id[:12]}",
                 node_id=node_id,
+                tier=tier,
             ),
             start_timeout_s=_START_TIMEOUT_S,
         )

@@ -10,19 +10,25 @@ import asyncio
 import contextlib
 import os
 import platform
-from collections.abc import Iterable
-from typing import Any
 
 import grpc
 import psutil
 from prometheus_client import CollectorRegistry, ProcessCollector, make_asgi_app
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from baton.core.clock import SystemClock
 from baton.core.errors import ConfigError
-from kvpool.arena_owners import ArenaOwners
+from kvpool.arena_owners import ArenaKey, ArenaOwners
+from kvpool.block_reporter import BlockReporter
+from kvpool.host_arena import remove_host_arena
+from kvpool.host_tier import HostTier, HostTierSpec
+from kvpool.pool_link import tier_owner
+from kvpool.pool_metrics import PoolCollector
+from kvpool.pool_service import PoolServicer
 from kvpool.presence import HEARTBEAT_S, Presence
-from protos.baton.internal.v1 import controller_pb2, pool_pb2, pool_pb2_grpc
+from kvpool.remote import RemotePools
+from kvpool.transport import Endpoint
+from kvpool.transports.tcp import TcpTransport
+from protos.baton.internal.v1 import controller_pb2, pool_pb2_grpc
 from protos.http import HttpServer
 from protos.serving import server_options
 
@@ -48,13 +54,19 @@ class PoolNode:
         member_id: str | None = None,
         node_id: str | None = None,
         heartbeat_s: float = HEARTBEAT_S,
+        tier: HostTierSpec | None = None,
     ) -> None:
         self._host = host
         self._port = port
         self._metrics_port = metrics_port
         self._node_id = node_id or platform.node()
         self._member_id = member_id or f"pool-{self._node_id}"
-        self._owners = ArenaOwners(cluster, directory)
+        self._cluster = cluster
+        self._directory = directory
+        self._controller_address = controller_address
+        self._spec = tier
+        self._tier: HostTier | None = None
+        self._owners = ArenaOwners(cluster, directory, self._owner_gone)
         self._presence = (
             None
             if controller_address is None
@@ -87,7 +99,8 @@ class PoolNode:
             await self._start_metrics(stack)
             stack.push_async_callback(self._leave_arenas)
             self._owners.adopt()
-            await self._start_server(stack)
+            endpoints = await self._start_tier(stack)
+            await self._start_server(stack, endpoints)
             if self._presence is not None:
                 self._keep(stack, asyncio.create_task(self._presence.run(), name="presence"))
             self._serves = True
@@ -110,9 +123,46 @@ class PoolNode:
         else:
             self._owners.detach()
 
+    def _owner_gone(self, key: ArenaKey) -> None:
+        if self._tier is not None:
+            self._tier.release_owner(tier_owner(*key))
+
+    async def _start_tier(self, stack: contextlib.AsyncExitStack) -> list[Endpoint]:
+        """The host tier and those below it; from where other machines pull its slots."""
+        if self._spec is None:
+            remove_host_arena(self._directory, self._cluster, self._member_id)
+            return []
+        reporter: list[BlockReporter] = []
+        tier = self._tier = HostTier.open(
+            self._spec,
+            directory=self._directory,
+            cluster=self._cluster,
+            holder=self._member_id,
+            on_changed=lambda: _tell(reporter),
+        )
+        # A stop takes the file with it; a failed start leaves it for the next one.
+        stack.push_async_callback(lambda: tier.stop(keep=not self._serves))
+        transport = TcpTransport(self._host, tls=self._spec.tls)
+        stack.push_async_callback(asyncio.to_thread, transport.close)
+        endpoint = transport.export(tier.arena.blocks)
+        if self._controller_address is not None:
+            made = BlockReporter(self._controller_address, tier.events, tier.snapshot)
+            reporter.append(made)
+            self._keep(stack, asyncio.create_task(made.run(), name="block reporter"))
+            tier.promotion.remote = RemotePools(
+                self._controller_address,
+                self._member_id,
+                self._host,
+                SystemClock(),
+                self._spec.tls,
+            )
+            made.restart()
+        await tier.start()
+        return [endpoint]
+
     async def _start_metrics(self, stack: contextlib.AsyncExitStack) -> None:
         registry = CollectorRegistry()
-        registry.register(_PoolCollector(self._owners))
+        registry.register(PoolCollector(self._owners, lambda: self._tier))
         ProcessCollector(registry=registry)
         http = HttpServer(
             make_asgi_app(registry),
@@ -124,9 +174,13 @@ class PoolNode:
         self._http_address = await http.start()
         stack.push_async_callback(http.stop)
 
-    async def _start_server(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _start_server(
+        self, stack: contextlib.AsyncExitStack, endpoints: list[Endpoint]
+    ) -> None:
         server = grpc.aio.server(options=server_options())
-        pool_pb2_grpc.add_PoolNodeServicer_to_server(_Servicer(self._owners), server)
+        pool_pb2_grpc.add_PoolNodeServicer_to_server(
+            PoolServicer(self._owners, self._tier, endpoints), server
+        )
         try:
             port = server.add_insecure_port(f"{self._host}:{self._port}")
         except RuntimeError as error:
@@ -169,70 +223,6 @@ class PoolNode:
         )
 
 
-class _Servicer(pool_pb2_grpc.PoolNodeServicer):
-    """gRPC to ``ArenaOwners`` and back."""
-
-    def __init__(self, owners: ArenaOwners) -> None:
-        self._owners = owners
-
-    async def AllocateArena(
-        self, request: pool_pb2.AllocateArenaRequest, context: Any
-    ) -> pool_pb2.AllocateArenaReply:
-        """FAILED_PRECONDITION with the numbers if the arena cannot be made."""
-        try:
-            arena = await self._owners.allocate(
-                instance_id=request.instance_id,
-                nonce=request.nonce,
-                pid=request.pid,
-                num_blocks=request.num_blocks,
-                block_bytes=request.block_bytes,
-                layout=request.layout,
-            )
-        except ConfigError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
-            raise
-        return pool_pb2.AllocateArenaReply(path=arena.path, token=arena.header.token)
-
-    async def ReleaseArena(
-        self, request: pool_pb2.ReleaseArenaRequest, context: Any
-    ) -> pool_pb2.ReleaseArenaReply:
-        """Idempotent."""
-        self._owners.release(request.instance_id, request.nonce)
-        return pool_pb2.ReleaseArenaReply()
-
-    async def GetPoolStatus(
-        self, request: pool_pb2.GetPoolStatusRequest, context: Any
-    ) -> pool_pb2.PoolStatus:
-        """All arenas."""
-        return pool_pb2.PoolStatus(
-            arenas=[
-                pool_pb2.ArenaStatus(
-                    instance_id=arena.header.instance_id,
-                    nonce=arena.header.nonce,
-                    pid=arena.header.pid,
-                    path=arena.path,
-                    num_bytes=arena.header.num_bytes,
-                    layout=arena.header.layout,
-                )
-                for arena in self._owners.arenas()
-            ]
-        )
-
-
-class _PoolCollector(Collector):
-    """Read at the scrape, so that no number can be stale."""
-
-    def __init__(self, owners: ArenaOwners) -> None:
-        self._owners = owners
-
-    def collect(self) -> Iterable[Metric]:
-        """The gauges."""
-        arenas = self._owners.arenas()
-        yield GaugeMetricFamily(
-            "baton_pool_arenas", "Arena files that this pool node owns.", len(arenas)
-        )
-        yield GaugeMetricFamily(
-            "baton_pool_arena_bytes",
-            "Bytes of shared memory reserved by arenas.",
-            sum(arena.header.num_bytes for arena in arenas),
-        )
+def _tell(reporters: list[BlockReporter]) -> None:
+    for reporter in reporters:
+        reporter.changed()

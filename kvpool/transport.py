@@ -37,13 +37,13 @@ class Endpoint:
     """How to reach an exported cache: one per transport, tried in the order they are listed."""
 
     transport: str
-    """``loopback``, ``shm`` or ``tcp``."""
+    """``loopback``, ``shm``, ``tcp``, ``collective`` or ``mooncake``."""
     address: str
     """Transport-specific: a name in the process, an arena file, host:port."""
     token: str
     """Random per export; proves that the reader reached the arena that was meant."""
     layout: str
-    """Canonical ``KVLayout`` text; a pull between different layouts is refused."""
+    """``KVLayout`` text; a transport refuses a pull between different ones."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import dataclasses
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
@@ -29,6 +28,8 @@ from baton.core.request import TokenOutput
 from baton.engine.events import PrefillProgress
 from kvpool.leases import LeaseTable
 from kvpool.transport import Endpoint
+from prefill_worker.handoff import Handoff, Key, PeerStream, PrefillCounters, endpoint_record
+from prefill_worker.spill import Spill
 from protos.baton.internal.v1 import instance_pb2
 from protos.convert import output_to_record
 
@@ -40,50 +41,6 @@ _EARLY_WANT_S = 10.0
 """How long a ``Want`` may be ahead of the submission it asks for."""
 _MAX_REMEMBERED_ENDS = 4096
 
-Key = tuple[str, int]
-"""(sequence id, attempt): both sides name an attempt alike."""
-
-
-class PeerStream:
-    """Outgoing half of one decode side's stream."""
-
-    def __init__(self, instance_id: str) -> None:
-        self.instance_id = instance_id
-        self.queue: asyncio.Queue[instance_pb2.HandoffEvent | None] = asyncio.Queue()
-        """``None`` ends the stream."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Handoff:
-    """What one request has published so far."""
-
-    key: Key
-    blocks: tuple[int, ...] = ()
-    generations: tuple[int, ...] = ()
-    num_computed_tokens: int = 0
-    final: bool = False
-    first_output: TokenOutput | None = None
-    peer: PeerStream | None = None
-    num_sent: int = 0
-    """Blocks that ``peer`` knows of."""
-    orphaned: bool = False
-    """Its decode side's stream broke, and nobody has asked for it since."""
-    abandoned: bool = False
-    """The decode side gave up before the end: let go as soon as token 0 is drawn."""
-
-    @property
-    def complete(self) -> bool:
-        return self.final and self.first_output is not None
-
-
-@dataclasses.dataclass(slots=True)
-class PrefillCounters:
-    """Totals since the start, for metrics."""
-
-    num_handed_off: int = 0
-    num_refused_by_peer: int = 0
-    num_expired_leases: int = 0
-
 
 class PrefillWorker:
     """Publishes chunks, holds blocks under leases, lets go when told to.
@@ -93,6 +50,10 @@ class PrefillWorker:
         endpoints: where our cache can be pulled from, in order of preference.
         lease_s: how long blocks are held for a decode side that says nothing.
         release: tells the engine that a held sequence's blocks are free.
+        free: tells it that they are free, while the handoff goes on without them.
+        spill: the way to the host tier, where there is one.
+        short_of_blocks: whether others wait for the blocks that handoffs hold.
+        spill_after_s: how long a decode side may take before that matters.
     """
 
     def __init__(
@@ -104,6 +65,10 @@ class PrefillWorker:
         lease_s: float,
         clock: Clock,
         release: Callable[[str], None],
+        free: Callable[[str], None] = lambda request_id: None,
+        spill: Spill | None = None,
+        short_of_blocks: Callable[[], bool] = lambda: False,
+        spill_after_s: float = 1.0,
     ) -> None:
         self._instance_id = instance_id
         self._incarnation = incarnation
@@ -111,11 +76,18 @@ class PrefillWorker:
         self._lease_s = lease_s
         self._clock = clock
         self._release = release
-        self._handoffs: dict[str, _Handoff] = {}
+        self._free = free
+        self._spill = spill
+        self._short_of_blocks = short_of_blocks
+        self._spill_after_s = spill_after_s
+        self._spill_at: dict[Key, float] = {}
+        """Handoffs that wait for their decode side, and when that becomes too long."""
+        self._handoffs: dict[str, Handoff] = {}
         self._leases = LeaseTable()
         self._early_wants: dict[Key, tuple[PeerStream, float]] = {}
         self._ended: collections.OrderedDict[Key, bool] = collections.OrderedDict()
         """Whether nothing was left to do for the decode side either."""
+        self._spilling: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
         self.counters = PrefillCounters()
@@ -129,7 +101,7 @@ class PrefillWorker:
 
     def open(self, request_id: str, attempt: int) -> None:
         """A ``Part.PREFILL`` submission was accepted by the engine."""
-        handoff = _Handoff((request_id, attempt))
+        handoff = Handoff((request_id, attempt))
         self._handoffs[request_id] = handoff
         early = self._early_wants.pop(handoff.key, None)
         if early is not None:
@@ -152,6 +124,8 @@ class PrefillWorker:
             handoff.final = True
             lease_s = min(_ORPHAN_LEASE_S, self._lease_s) if handoff.orphaned else self._lease_s
             self._leases.grant(handoff.key, self._clock.now(), lease_s)
+            if self._spill is not None:
+                self._spill_at[handoff.key] = self._clock.now() + self._spill_after_s
             self._arm_timer()
         else:
             self._publish(handoff)
@@ -174,7 +148,7 @@ class PrefillWorker:
         handoff = self._handoffs.pop(request_id, None)
         if handoff is None:
             return
-        self._leases.release(handoff.key)
+        self._forget(handoff)
         self._remember_end(handoff.key, finished=finished)
         if handoff.peer is not None:
             self._send_failed(handoff.peer, handoff.key, code, message, finished=finished)
@@ -206,15 +180,7 @@ class PrefillWorker:
         return instance_pb2.HandoffWelcome(
             instance_id=self._instance_id,
             incarnation=self._incarnation(),
-            endpoints=[
-                instance_pb2.EndpointRecord(
-                    transport=item.transport,
-                    address=item.address,
-                    token=item.token,
-                    layout=item.layout,
-                )
-                for item in self._endpoints
-            ],
+            endpoints=[endpoint_record(item) for item in self._endpoints],
         )
 
     async def _read(
@@ -257,6 +223,8 @@ class PrefillWorker:
             return
         if key in self._leases:
             self._leases.renew(key, self._clock.now(), self._lease_s)
+            if handoff.spilled is not None and self._spill is not None:
+                self._spill.renew(handoff.spilled)
         if handoff.peer is not peer:
             handoff.peer = peer
             handoff.orphaned = handoff.abandoned = False
@@ -280,11 +248,17 @@ class PrefillWorker:
             self.counters.num_refused_by_peer += 1
         self._let_go(handoff)
 
-    def _let_go(self, handoff: _Handoff) -> None:
+    def _let_go(self, handoff: Handoff) -> None:
         self._handoffs.pop(handoff.key[0], None)
-        self._leases.release(handoff.key)
+        self._forget(handoff)
         self._remember_end(handoff.key, finished=False)
         self._release(handoff.key[0])
+
+    def _forget(self, handoff: Handoff) -> None:
+        self._leases.release(handoff.key)
+        self._spill_at.pop(handoff.key, None)
+        if handoff.spilled is not None and self._spill is not None:
+            self._spill.drop(handoff.spilled.tickets)
 
     def _forget_peer(self, peer: PeerStream) -> None:
         now = self._clock.now()
@@ -298,7 +272,7 @@ class PrefillWorker:
                     self._leases.grant(handoff.key, now, min(_ORPHAN_LEASE_S, self._lease_s))
         self._arm_timer()
 
-    def _publish(self, handoff: _Handoff) -> None:
+    def _publish(self, handoff: Handoff) -> None:
         peer = handoff.peer
         if peer is None or (handoff.final and handoff.first_output is None):
             return
@@ -314,6 +288,8 @@ class PrefillWorker:
             num_computed_tokens=handoff.num_computed_tokens,
             final=handoff.complete,
         )
+        if handoff.spilled is not None:
+            chunk.endpoints.extend(map(endpoint_record, handoff.spilled.endpoints))
         if handoff.first_output is not None:
             chunk.first_output.CopyFrom(output_to_record(handoff.first_output))
         handoff.num_sent = len(handoff.blocks)
@@ -341,6 +317,7 @@ class PrefillWorker:
         if self._stopped:
             return
         deadlines = [deadline for _, deadline in self._early_wants.values()]
+        deadlines += self._spill_at.values()
         next_lease = self._leases.next_deadline()
         if next_lease is not None:
             deadlines.append(next_lease)
@@ -353,6 +330,9 @@ class PrefillWorker:
         for key in [key for key, (_, deadline) in self._early_wants.items() if deadline <= now]:
             peer, _ = self._early_wants.pop(key)
             self._send_failed(peer, key, Code.UNAVAILABLE, f"{key[0]} was never submitted here")
+        for key in [key for key, at in self._spill_at.items() if at <= now]:
+            self._spill_at[key] = now + self._spill_after_s
+            self._consider_spill(key)
         for key in self._leases.expired(now):
             self._leases.release(key)
             handoff = self._handoffs.get(key[0])
@@ -363,3 +343,35 @@ class PrefillWorker:
                     self._send_failed(handoff.peer, key, Code.ABORTED, "its lease ended")
                 self._let_go(handoff)
         self._arm_timer()
+
+    # A decode side without room.
+
+    def _consider_spill(self, key: Key) -> None:
+        handoff = self._handoffs.get(key[0])
+        if handoff is None or handoff.key != key:
+            self._spill_at.pop(key, None)
+        elif handoff.complete and not handoff.spilling and self._short_of_blocks():
+            handoff.spilling = True
+            task = asyncio.ensure_future(self._spill_handoff(handoff))
+            self._spilling.add(task)
+            task.add_done_callback(self._spilling.discard)
+
+    async def _spill_handoff(self, handoff: Handoff) -> None:
+        """Move its blocks, say where they are now, and free them here."""
+        assert self._spill is not None
+        try:
+            spilled = await self._spill.store(handoff.blocks, handoff.generations)
+        finally:
+            handoff.spilling = False
+        if spilled is None:
+            return
+        if self._handoffs.get(handoff.key[0]) is not handoff:
+            self._spill.drop(spilled.tickets)
+            return
+        self._spill_at.pop(handoff.key, None)
+        handoff.spilled = spilled
+        handoff.blocks, handoff.generations = spilled.slots, spilled.generations
+        handoff.num_sent = 0
+        self._publish(handoff)
+        self.counters.num_spilled += 1
+        self._free(handoff.key[0])

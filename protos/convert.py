@@ -126,6 +126,10 @@ def output_to_record(output: TokenOutput) -> instance_pb2.TokenRecord:
         num_cached_tokens=output.num_cached_tokens,
         prompt_logprobs=[logprobs_to_record(item) for item in output.prompt_logprobs],
         stages=[instance_pb2.StageRecord(stage=s, wall_s=t) for s, t in output.stages],
+        cached_by_tier=[
+            instance_pb2.TierTokens(tier=tier, num_tokens=count)
+            for tier, count in output.cached_by_tier
+        ],
     )
 
 
@@ -146,6 +150,7 @@ def output_from_record(record: instance_pb2.TokenRecord) -> TokenOutput:
         ),
         prompt_logprobs=tuple(logprobs_from_record(item) for item in record.prompt_logprobs),
         stages=tuple((item.stage, item.wall_s) for item in record.stages),
+        cached_by_tier=tuple((item.tier, item.num_tokens) for item in record.cached_by_tier),
     )
 
 

@@ -58,12 +58,30 @@ as_root() {
   fi
 }
 
-# ensure_system COMMAND=PACKAGE...: install the Debian package of each command that is missing.
+# present NAME: whether there is a command, or a shared library (libNAME.so.VERSION), of that name.
+present() {
+  local PATH=$PATH:/usr/sbin:/sbin
+  if [[ $1 == lib*.so.* ]]; then
+    [[ $(ldconfig -p) == *"$1 "* ]]
+  else
+    command -v "$1" >/dev/null
+  fi
+}
+
+# What the tests need of the system: a Redis server, network namespaces, certificates, and what
+# Mooncake's wheel links to.
+test_needs=(
+  redis-server=redis-server ip=iproute2 openssl=openssl
+  libibverbs.so.1=libibverbs1 libcurl.so.4=libcurl4 libnuma.so.1=libnuma1
+)
+
+# ensure_system NAME=PACKAGE...: install the Debian package of each command or library that is
+# missing.
 ensure_system() {
   local pair
   local -a packages=()
   for pair in "$@"; do
-    PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%=*}" >/dev/null || packages+=("${pair#*=}")
+    present "${pair%%=*}" || packages+=("${pair#*=}")
   done
   ((${#packages[@]})) || return 0
   command -v apt-get >/dev/null ||

@@ -13,6 +13,7 @@ from rich.table import Table
 from baton.client.admin import AdminClient
 from baton.core.cluster import Role
 from baton.core.errors import InvalidRequest, Stage
+from kvpool.tiers import Tier
 from protos.baton.internal.v1 import instance_pb2
 from protos.baton.v1 import cluster_pb2
 
@@ -111,6 +112,13 @@ def drain(address: str, instance_id: str, *, wait: bool, timeout_s: float, undo:
             sys.exit(1)
 
 
+def _cached(reply: cluster_pb2.ExplainResponse) -> str:
+    """How much of the prompt was not computed, and which tiers it came from."""
+    found = reply.cached_by_tier
+    tiers = ", ".join(f"{tier} {found[tier]}" for tier in Tier if found.get(tier))
+    return f"{reply.cached_tokens} cached" + (f": {tiers}" if tiers else "")
+
+
 def explain(address: str, request_id: str, *, as_json: bool) -> None:
     """Print where a request ran and when each stage happened."""
     with AdminClient(address) as admin:
@@ -121,7 +129,7 @@ def explain(address: str, request_id: str, *, as_json: bool) -> None:
     console = make_console()
     console.print(
         f"request [bold]{reply.request_id}[/bold]  outcome {reply.outcome} {reply.error}\n"
-        f"prompt {reply.prompt_tokens} tokens ({reply.cached_tokens} cached), "
+        f"prompt {reply.prompt_tokens} tokens ({_cached(reply)}), "
         f"output {reply.completion_tokens} tokens, "
         f"TTFT {reply.ttft_s * 1000:.1f} ms, TPOT {reply.tpot_s * 1000:.2f} ms"
     )

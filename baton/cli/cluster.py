@@ -22,6 +22,7 @@ from baton.cli.processes import RayProcesses
 from baton.core.config import ServeConfig
 from baton.core.errors import ConfigError, NotFound
 from baton.engine.checkpoint import Checkpoint, open_checkpoint
+from baton.engine.models.config import kv_layout
 from baton.engine.runners import check_ranks
 from baton.gateway.actor import gateway_actor_class
 from baton.gateway.settings import GatewaySettings
@@ -30,6 +31,7 @@ from baton.instance.spec import InstanceSpec
 from controller.actor import controller_actor_class
 from controller.discovery import find_controller
 from kvpool.arena import remove_cluster_files
+from kvpool.host_tier import HostTierSpec
 from kvpool.pool_actor import pool_actor_class
 from protos.serving import channel_options
 
@@ -92,7 +94,8 @@ class ClusterRun:
                 param="model",
             )
         checkpoint = open_checkpoint(config.model)
-        check_ranks(checkpoint, config.engine)
+        for role in dict.fromkeys(role for _, role in instance_names(config)):
+            _check_ranks(checkpoint, config, role)
         if config.store == "memory" and config.address is not None:
             logger.info("store memory: the controller's address is found on this machine only")
         for name in ("http_port", "grpc_port"):
@@ -212,6 +215,7 @@ class ClusterRun:
         self._progress("starting pool nodes")
         nodes = [node for node in ray.nodes() if node["Alive"]]
         wanted = [node for node in nodes if self._hosts_instances(node)]
+        tier = self._host_tier()
         starts = []
         for node in wanted:
             host = node["NodeManagerAddress"] if config.address else config.host
@@ -227,6 +231,7 @@ class ClusterRun:
                     host=host,
                     port=free_port(host) if config.address is None else 0,
                     controller_address=controller,
+                    tier=tier,
                 )
             )
             self._pools.append(actor)
@@ -238,6 +243,19 @@ class ClusterRun:
             )
             for node, host, a in starts
         ]
+
+    def _host_tier(self) -> HostTierSpec | None:
+        """What each machine's pool node keeps below the instances' caches, if anything."""
+        config = self.config
+        if not config.pool.host_bytes:
+            return None
+        layout = kv_layout(open_checkpoint(config.model).config, config.engine).canonical
+        return HostTierSpec(
+            layout=layout.text,
+            slot_bytes=layout.block_bytes,
+            tls=config.handoff.tls,
+            pool=config.pool,
+        )
 
     def _hosts_instances(self, node: dict[str, Any]) -> bool:
         return any(self._fits(node, role) for _, role in instance_names(self.config))
@@ -270,8 +288,9 @@ class ClusterRun:
                 host=info.host,
                 controller_address=controller,
                 pool_address=info.pool_address,
-                engine=config.engine,
+                engine=config.engine_of(role),
                 handoff=config.handoff,
+                pool=config.pool,
             )
             self._instances[instance_id] = launch_instance(
                 spec,
@@ -363,6 +382,16 @@ def ray_logs() -> str:
         return str(Path(ray._private.worker._global_node.get_logs_dir_path()))
     except AttributeError:
         return "the Ray session's logs folder"
+
+
+def _check_ranks(checkpoint: Checkpoint, config: ServeConfig, role: str) -> None:
+    engine = config.engine_of(role)
+    try:
+        check_ranks(checkpoint, engine)
+    except ConfigError as error:
+        if engine == config.engine:
+            raise
+        raise ConfigError(f"{role}_engine: {error.message}", param=f"{role}_engine") from error
 
 
 def _model_path(config: ServeConfig) -> str:

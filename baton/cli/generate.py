@@ -188,6 +188,7 @@ async def _single(
         include_stop=False,
         skip_special_tokens=True,
         priority=0,
+        cache_salt="",
         timeout_s=limits.default_timeout_s,
     )
 

@@ -233,6 +233,22 @@ def drain(
 
 
 @app.command()
+def kv(
+    json_output: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    dump: Annotated[bool, typer.Option(help="what each slot of the host tiers holds")] = False,
+    store: StoreOption = "memory",
+    cluster: ClusterOption = "default",
+    controller: ControllerOption = None,
+) -> None:
+    """Show the KV pool: tiers, occupancy, hit rates, top prefixes, leases."""
+    from baton.cli import kv as kv_command
+
+    with_clear_errors(
+        lambda: kv_command.show(_find(store, cluster, controller), as_json=json_output, dump=dump)
+    )
+
+
+@app.command()
 def explain(
     request_id: Annotated[str, typer.Argument(help="as returned in x-request-id")],
     json_output: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,

@@ -61,12 +61,13 @@ def _adapter() -> pydantic.TypeAdapter[ServeConfig]:
     return _ADAPTER
 
 
-def _nested(owner: type) -> list[Any]:
-    return [
-        field.default_factory
-        for field in dataclasses.fields(owner)
-        if dataclasses.is_dataclass(field.default_factory)
-    ]
+def _nested(owner: Any) -> list[Any]:
+    found: list[Any] = []
+    for field in dataclasses.fields(owner):
+        factory: Any = field.default_factory
+        if dataclasses.is_dataclass(factory):
+            found += [factory, *_nested(factory)]
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -102,11 +103,12 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 def _names(name: str) -> list[str]:
     """The settings that exist in the group in which ``name`` does not."""
-    group, _, _ = name.rpartition(".")
     owner: Any = ServeConfig
-    for field in dataclasses.fields(ServeConfig):
-        if field.name == group:
-            owner = field.default_factory
+    for group in name.split(".")[:-1]:
+        for field in dataclasses.fields(owner):
+            factory: Any = field.default_factory
+            if field.name == group and dataclasses.is_dataclass(factory):
+                owner = factory
     return [field.name for field in dataclasses.fields(owner)]
 
 

@@ -10,7 +10,12 @@ import grpc
 
 from baton.core.cluster import Role
 from baton.core.errors import NotFound, Stage
-from protos.baton.internal.v1 import instance_pb2, instance_pb2_grpc
+from protos.baton.internal.v1 import (
+    instance_pb2,
+    instance_pb2_grpc,
+    pool_pb2,
+    pool_pb2_grpc,
+)
 from protos.baton.v1 import cluster_pb2, cluster_pb2_grpc
 from protos.serving import channel_options
 from protos.status import error_from_rpc
@@ -52,6 +57,13 @@ class AdminClient:
         """Instances, members and counts."""
         message = cluster_pb2.GetStatusRequest()
         return _ask(lambda: self._stub.GetStatus(message, timeout=self._timeout_s))
+
+    def pool_status(self, address: str, *, dump: bool = False) -> pool_pb2.PoolStatus:
+        """What the pool node at ``address`` has, as in the members of :meth:`status`."""
+        with grpc.insecure_channel(address, options=channel_options()) as channel:
+            stub = pool_pb2_grpc.PoolNodeStub(channel)
+            message = pool_pb2.GetPoolStatusRequest(dump=dump)
+            return _ask(lambda: stub.GetPoolStatus(message, timeout=self._timeout_s))
 
     def set_role(
         self, instance_id: str, role: Role, *, force: bool = False, timeout_s: float = 60.0

@@ -36,6 +36,7 @@ def generate_request(
     request_id: str = "",
     model: str = "",
     priority: int = 0,
+    cache_salt: str = "",
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -59,6 +60,7 @@ def generate_request(
         request_id=request_id,
         model=model,
         priority=priority,
+        cache_salt=cache_salt,
         sampling=inference_pb2.SamplingParams(
             temperature=temperature,
             top_k=top_k,

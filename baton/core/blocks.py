@@ -21,7 +21,10 @@ _KEY_BYTES = 16
 def block_salt(
     *, model_fingerprint: str, layout: str, adapter: str = "", tenant: str = ""
 ) -> bytes:
-    """The root of a chain of keys: blocks of different models, layouts or tenants never match."""
+    """The root of a chain of keys: blocks of different models, layouts or tenants never match.
+
+    ``layout``: text of the canonical layout, so that keys do not depend on the number of ranks.
+    """
     parts = (model_fingerprint, layout, adapter, tenant)
     text = "\x1f".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).digest()

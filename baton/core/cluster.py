@@ -39,7 +39,8 @@ class InstanceInfo:
     model: str
     model_fingerprint: str
     kv_layout: str
-    """Canonical text of its KVLayout: equal text, compatible blocks."""
+    """Text of its KVLayout: with equal texts, or equal ``canonical_text``, blocks can be handed
+    over."""
     block_size: int
     num_blocks: int
     max_model_len: int

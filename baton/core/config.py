@@ -12,7 +12,7 @@ import re
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16"]
-TransportName = Literal["auto", "shm", "tcp"]
+TransportName = Literal["auto", "shm", "tcp", "collective", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
 ExchangeName = Literal["auto", "all_gather", "all_to_all"]
 
@@ -82,6 +82,46 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RoleEngineConfig:
+    """What instances started with one role have instead of the values in ``EngineConfig``.
+
+    Only how the model is cut: blocks of differently cut instances can be turned into each other.
+    """
+
+    tp: int | None = None
+    ep: int | None = None
+    dp: int | None = None
+
+    def over(self, engine: EngineConfig) -> EngineConfig:
+        """``engine`` with what is set here. Raises ValueError for what makes no sense together."""
+        given = {name: getattr(self, name) for name in ("tp", "ep", "dp")}
+        return dataclasses.replace(
+            engine, **{name: value for name, value in given.items() if value is not None}
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """Files in PEM form for mutual TLS; all three, or none for plain connections."""
+
+    ca: str | None = None
+    """Certificates of the authority that peers' certificates must come from."""
+    cert: str | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        files = {"ca": self.ca, "cert": self.cert, "key": self.key}
+        missing = [name for name, path in files.items() if not path]
+        if missing and any(path is not None for path in files.values()):
+            raise ValueError(f"TLS needs ca, cert and key: give {' and '.join(missing)} too")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether connections use TLS."""
+        return self.ca is not None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class HandoffConfig:
     """Prefill to decode."""
 
@@ -90,9 +130,44 @@ class HandoffConfig:
     lease_s: float = 30.0
     """How long prefill holds blocks for a decode side that says nothing."""
     pull_timeout_s: float = 10.0
+    tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
+    """Of the TCP transport."""
 
     def __post_init__(self) -> None:
         _positive(self, "lease_s", "pull_timeout_s")
+
+
+WriteBackPolicy = Literal["off", "reuse", "all"]
+FetchPolicy = Literal["auto", "always", "never"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """The tiers of the KV pool below the instances' own caches, of each machine."""
+
+    host_bytes: int = 128 * 1024 * 1024
+    """Shared memory of the host tier; 0 for none, and then none of the lower tiers either."""
+    disk_path: str | None = None
+    """Folder of the disk tier; none by default."""
+    disk_bytes: int = 4 * 1024 * 1024 * 1024
+    write_back: WriteBackPolicy = "reuse"
+    """Which complete blocks are copied to the host tier: none, all, or, once it is full, those
+    asked for at least as often as what would have to go."""
+    fetch: FetchPolicy = "auto"
+    """When a prefix is fetched from the pool instead of computed: where that is measured to be
+    faster, always, or never."""
+    lease_s: float = 30.0
+    """How long blocks are kept for a reader or writer that says nothing."""
+    spill_after_s: float = 1.0
+    """A finished prefill whose decode side has not taken its blocks for so long moves them to the
+    host tier, when others need the memory."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "disk_bytes", "lease_s", "spill_after_s")
+        if self.host_bytes < 0:
+            raise ValueError(f"host_bytes must not be negative, got {self.host_bytes}")
+        if self.disk_path is not None and not self.host_bytes:
+            raise ValueError("disk_path needs a host tier: host_bytes is 0")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,7 +234,10 @@ class ServeConfig:
     resources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     """Ray resources per role (prefill, decode, mixed), to pin roles to nodes."""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    prefill_engine: RoleEngineConfig = dataclasses.field(default_factory=RoleEngineConfig)
+    decode_engine: RoleEngineConfig = dataclasses.field(default_factory=RoleEngineConfig)
     handoff: HandoffConfig = dataclasses.field(default_factory=HandoffConfig)
+    pool: PoolConfig = dataclasses.field(default_factory=PoolConfig)
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
     gateway: GatewayConfig = dataclasses.field(default_factory=GatewayConfig)
 
@@ -195,6 +273,16 @@ class ServeConfig:
         unknown = set(self.resources) - {"prefill", "decode", "mixed"}
         if unknown:
             raise ValueError(f"resources knows prefill, decode and mixed, not {sorted(unknown)}")
+        for role in ("prefill", "decode"):
+            try:
+                self.engine_of(role)
+            except ValueError as error:
+                raise ValueError(f"{role}_engine: {error}") from None
+
+    def engine_of(self, role: str) -> EngineConfig:
+        """The engine of instances that are started with ``role``; they keep it in other roles."""
+        own = {"prefill": self.prefill_engine, "decode": self.decode_engine}.get(role)
+        return self.engine if own is None else own.over(self.engine)
 
 
 def _positive(config: object, *names: str) -> None:

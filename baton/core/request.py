@@ -162,6 +162,8 @@ class TokenOutput:
     error_message: str | None = None
     num_cached_tokens: int | None = None
     """Prompt tokens taken from a cache; with the first output of an instance."""
+    cached_by_tier: tuple[tuple[str, int], ...] = ()
+    """(tier, tokens), fastest first: where those were."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     stages: tuple[tuple[str, float], ...] = ()
     """(stage name, wall-clock seconds): what happened here since the last output."""

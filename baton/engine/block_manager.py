@@ -62,7 +62,9 @@ class BlockManager:
         salt: bytes,
         enable_prefix_cache: bool = True,
         generations: npt.NDArray[np.uint64] | None = None,
+        track_changes: bool = False,
     ) -> None:
+        """``track_changes``: keep what :meth:`take_changes` returns; somebody must take it."""
         if generations is None:
             generations = np.zeros(num_blocks, dtype=np.uint64)
         if generations.shape != (num_blocks,) or generations.dtype != np.uint64:
@@ -81,6 +83,7 @@ class BlockManager:
         self._key_of: list[BlockKey | None] = [None] * num_blocks
         self._parent_of: list[BlockKey | None] = [None] * num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._changes: list[tuple[bool, BlockKey]] | None = [] if track_changes else None
         self._num_evictions = 0
         self._num_hits = 0
 
@@ -187,6 +190,8 @@ class BlockManager:
         self._cached[key] = block
         self._key_of[block] = key
         self._parent_of[block] = parent
+        if self._changes is not None:
+            self._changes.append((True, key))
         return True
 
     def _evict(self) -> int:
@@ -197,9 +202,23 @@ class BlockManager:
         self._key_of[block] = None
         self._parent_of[block] = None
         self._num_evictions += 1
+        if self._changes is not None:
+            self._changes.append((False, key))
         return block
 
+    def take_changes(self) -> list[tuple[bool, BlockKey]]:
+        """(entered, key) of all cache changes since the last call, in order."""
+        changes = self._changes
+        if not changes:
+            return []
+        self._changes = []
+        return changes
+
     # Accounts.
+
+    def cached_keys(self) -> list[BlockKey]:
+        """Keys of all cached blocks, a parent before its children."""
+        return list(self._cached)
 
     def statistics(self) -> BlockStatistics:
         """A frozen account of every block."""

@@ -24,11 +24,18 @@ from baton.core.blocks import BlockKey
 from baton.core.cluster import InstanceLoad
 from baton.core.config import EngineConfig
 from baton.core.errors import Code, InvalidRequest, Refused, Stage
-from baton.core.request import FinishReason, Part, Submission, TokenLogprobs
+from baton.core.request import Part, Submission, TokenLogprobs
 from baton.engine.block_manager import BlockManager, BlockStatistics
-from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
+from baton.engine.events import (
+    CacheChanged,
+    Event,
+    Preempted,
+    Reserved,
+    TokensReady,
+)
 from baton.engine.interface import check_result
 from baton.engine.plan import RowResult, StepPlan, StepResult
+from baton.engine.prefixes import completed_prefix, prefix_keys, progress_of, register_blocks
 from baton.engine.scheduler import PlannedRow, Scheduler
 from baton.engine.sequence import Sequence
 from baton.engine.states import LIVE_STATES, SequenceEvent, SequenceState
@@ -47,8 +54,13 @@ class Engine:
         max_model_len: int,
         salt: bytes,
         generations: npt.NDArray[np.uint64] | None = None,
+        track_cache: bool = False,
     ) -> None:
-        """``salt``: root of all block keys, at most 64 bytes. ``generations``: [num_blocks]."""
+        """``salt``: root of all block keys, at most 64 bytes. ``generations``: [num_blocks].
+
+        ``track_cache``: tell of the prefix cache too (``PrefixComplete``, ``CacheChanged``).
+        """
+        self._track_cache = track_cache and config.enable_prefix_cache
         self.config = config
         self.max_model_len = min(max_model_len, config.kv_blocks * config.block_size)
         self._blocks = BlockManager(
@@ -57,6 +69,7 @@ class Engine:
             salt=salt,
             enable_prefix_cache=config.enable_prefix_cache,
             generations=generations,
+            track_changes=self._track_cache,
         )
         self._scheduler = Scheduler(config, self._blocks)
         self._sequences: dict[str, Sequence] = {}
@@ -69,9 +82,18 @@ class Engine:
     # Submissions.
 
     def submit(
-        self, submission: Submission, part: Part, now: float, *, keys: Iterable[BlockKey] = ()
+        self,
+        submission: Submission,
+        part: Part,
+        now: float,
+        *,
+        keys: Iterable[BlockKey] = (),
+        fetch: bool = False,
     ) -> None:
         """Take a submission on. ``keys``: its :meth:`prefix_keys`, if the caller has them.
+
+        ``fetch``: the caller brings a prefix of its KV before it is computed, and then says
+        :meth:`fetched`; not for ``Part.DECODE``, which waits for KV anyway.
 
         Raises Refused for a ``request_id`` that is here already, and InvalidRequest
         (``context_length_exceeded``, ``prompt``) for one that can never run here.
@@ -94,7 +116,7 @@ class Engine:
             rank=(-submission.priority, self._num_submitted),
             salt=self._blocks.salt_for(tenant=submission.tenant, adapter=submission.adapter),
             max_num_tokens=min(submission.max_total_tokens, self.max_model_len),
-            state=_S.PENDING_BLOCKS if part is Part.DECODE else _S.WAITING,
+            state=_S.PENDING_BLOCKS if part is Part.DECODE or fetch else _S.WAITING,
             token_ids=[*submission.prompt_ids, *submission.output_ids],
             stop_token_ids=frozenset(submission.sampling.stop_token_ids),
             owes_prompt_logprobs=submission.sampling.prompt_logprobs is not None,
@@ -105,17 +127,15 @@ class Engine:
 
     def prefix_keys(self, submission: Submission) -> list[BlockKey]:
         """Keys of the leading blocks that a lookup for ``submission`` may find. Changes nothing."""
-        keys: list[BlockKey] = []
-        if self._blocks.enable_prefix_cache and submission.sampling.prompt_logprobs is None:
-            salt = self._blocks.salt_for(tenant=submission.tenant, adapter=submission.adapter)
-            token_ids = (*submission.prompt_ids, *submission.output_ids)
-            # The last token is always computed: its logits are what is wanted.
-            self._blocks.extend_keys(keys, token_ids[:-1], salt=salt)
-        return keys
+        return prefix_keys(submission, self._blocks)
 
     def num_cached_blocks(self, keys: list[BlockKey]) -> int:
         """Length of the longest cached prefix of ``keys``. Changes nothing."""
         return len(self._blocks.match(keys))
+
+    def cached_keys(self) -> list[BlockKey]:
+        """Keys of all cached blocks, a parent before its children."""
+        return self._blocks.cached_keys()
 
     def num_open_tokens(self) -> int:
         """Tokens to compute, or in the context of sequences that run: what a step has to bear."""
@@ -168,7 +188,7 @@ class Engine:
         if sequence is None or sequence.state is not _S.PENDING_KV:
             return False
         sequence.num_computed = sequence.num_committed = sequence.submission.num_tokens
-        self._register_blocks(sequence)
+        register_blocks(sequence, self._blocks)
         self._go_on(sequence, _E.KV_ARRIVED, first_token)
         return True
 
@@ -193,15 +213,37 @@ class Engine:
                 trusted = 0  # the logprobs of all positions must be computed here
             trusted = max(trusted, sequence.num_committed)
             sequence.num_computed = sequence.num_committed = trusted
-            self._register_blocks(sequence)
+            register_blocks(sequence, self._blocks)
         self._go_on(sequence, _E.KV_FAILED, first_token)
+        return True
+
+    def fetched(self, request_id: str, num_valid_tokens: int) -> bool:
+        """The fetch of a prefix is over: compute the rest.
+
+        The first ``num_valid_tokens`` tokens, rounded down to whole blocks, are in the reserved
+        blocks and verified; nothing may write to these any more. They count as cached. False if
+        the sequence does not wait for a fetch.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state not in (_S.PENDING_BLOCKS, _S.PENDING_KV):
+            return False
+        assert sequence.part is not Part.DECODE, f"{request_id} waits for a handoff"
+        if sequence.state is _S.PENDING_KV:
+            size = self._blocks.block_size
+            # The last token is always computed: its logits are what is wanted.
+            trusted = min(num_valid_tokens, sequence.submission.num_tokens - 1) // size * size
+            trusted = max(trusted, sequence.num_committed)
+            sequence.num_computed = sequence.num_committed = trusted
+            sequence.num_cached_tokens = min(trusted, sequence.num_prompt_tokens)
+            register_blocks(sequence, self._blocks)
+        self._scheduler.move(sequence, _E.FETCHED)
         return True
 
     def _go_on(self, sequence: Sequence, event: SequenceEvent, first_token: int | None) -> None:
         """Leave the states of a decode part that waits."""
         if first_token is not None:
             sequence.owes_prompt_logprobs = False  # prefill reported them with this token
-            reason, stop_token_id = self._append(sequence, first_token)
+            reason, stop_token_id = sequence.append(first_token)
             if reason is not None:
                 self._late_events.append(
                     TokensReady(
@@ -270,22 +312,22 @@ class Engine:
             sequence.prompt_logprobs += outcome.prompt_logprobs
         token_id, sample = outcome.token_id, step.sample
         if sample and token_id is None:
-            self._step_back(sequence)
+            sequence.step_back()
             return
         sequence.num_committed = step.start + step.num_tokens
         sequence.num_in_flight -= sample
         if sequence.num_committed // self._blocks.block_size > sequence.num_registered:
-            self._register_blocks(sequence)
+            register_blocks(sequence, self._blocks)
         is_prefill = sequence.part is _PREFILL
         if token_id is None or not sample:
             # One preempted meanwhile gives its blocks back now: there is nothing to publish.
             if is_prefill and sequence.state is not _S.PREEMPTED:
-                events.append(self._progress(sequence, final=False))
+                events.append(progress_of(sequence, self._blocks, final=False))
             return
         index = len(sequence.token_ids) - sequence.num_prompt_tokens
-        reason, stop_token_id = self._append(sequence, token_id)
+        reason, stop_token_id = sequence.append(token_id)
         if is_prefill and reason is None:
-            events.append(self._progress(sequence, final=True))
+            events.append(progress_of(sequence, self._blocks, final=True))
         logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if sequence.owes_prompt_logprobs:
@@ -305,55 +347,13 @@ class Engine:
             )
         )
         sequence.num_cached_tokens = None
+        if self._track_cache and sequence.num_registered and (reason is not None or is_prefill):
+            events.append(completed_prefix(sequence, self._blocks))
         if reason is not None:
             self._end(sequence, _E.FINISH)
             self._num_finished += 1
         elif is_prefill:
             self._scheduler.move(sequence, _E.HOLD)
-
-    def _step_back(self, sequence: Sequence) -> None:
-        """The runner drew nothing: the last token is computed again, later rows do not count."""
-        sequence.lineage += 1
-        sequence.num_in_flight = 0
-        sequence.num_computed = sequence.num_committed = len(sequence.token_ids) - 1
-
-    def _append(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
-        """One more output token: why it ends the request, if it does, and the stop token."""
-        sequence.token_ids.append(token)
-        if token in sequence.stop_token_ids:
-            return FinishReason.STOP, token
-        if len(sequence.token_ids) >= sequence.max_num_tokens:
-            return FinishReason.LENGTH, None
-        return None, None
-
-    def _progress(self, sequence: Sequence, *, final: bool) -> PrefillProgress:
-        num_tokens = sequence.num_committed
-        if not final:
-            num_tokens -= num_tokens % self._blocks.block_size
-        blocks = sequence.block_table(self._blocks.blocks_for(num_tokens))
-        return PrefillProgress(
-            request_id=sequence.request_id,
-            num_computed_tokens=num_tokens,
-            blocks=blocks,
-            generations=self._blocks.generations_of(blocks),
-            final=final,
-        )
-
-    def _register_blocks(self, sequence: Sequence) -> None:
-        """Enter full blocks with committed content in the cache."""
-        num_full = sequence.num_committed // self._blocks.block_size
-        may_register = sequence.may_register and self._blocks.enable_prefix_cache
-        if num_full <= sequence.num_registered or not may_register:
-            return
-        keys = sequence.keys
-        self._blocks.extend_keys(keys, sequence.token_ids, salt=sequence.salt)
-        for index in range(sequence.num_registered, num_full):
-            parent = keys[index - 1] if index else None
-            if not self._blocks.register(sequence.blocks[index], keys[index], parent=parent):
-                # Another sequence was first: this block and all later ones stay private.
-                sequence.may_register = False
-                return
-            sequence.num_registered += 1
 
     def _end(self, sequence: Sequence, event: SequenceEvent) -> None:
         del self._sequences[sequence.request_id]
@@ -363,6 +363,8 @@ class Engine:
         events, self._late_events = self._late_events, []
         preempted, self._scheduler.preempted = self._scheduler.preempted, []
         events += [Preempted(name) for name in preempted if name in self._sequences]
+        if self._track_cache and (changes := self._blocks.take_changes()):
+            events.append(CacheChanged(tuple(changes)))
         return events
 
     # Accounts.

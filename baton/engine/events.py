@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from baton.core.blocks import BlockKey
 from baton.core.request import FinishReason, TokenLogprobs
 
 
@@ -44,7 +45,7 @@ class PrefillProgress:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reserved:
-    """A ``Part.DECODE`` sequence has got its blocks; pulls may begin.
+    """A sequence that waits for KV has got its blocks; pulls may begin.
 
     ``blocks`` cover all of the prompt (and outputs so far); the first ``num_cached_tokens`` tokens
     (whole blocks) are already there.
@@ -62,4 +63,27 @@ class Preempted:
     request_id: str
 
 
-Event = TokensReady | PrefillProgress | Reserved | Preempted
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixComplete:
+    """A sequence is done here; these blocks of it are in the prefix cache, first to last.
+
+    They may be evicted any time: whoever copies one checks its generation after the last byte.
+    Only from engines that ``track_cache``.
+    """
+
+    request_id: str
+    blocks: tuple[int, ...]
+    generations: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+    priority: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheChanged:
+    """Blocks entered or left the prefix cache, in this order. Only with ``track_cache``."""
+
+    changes: tuple[tuple[bool, BlockKey], ...]
+    """(entered, key)."""
+
+
+Event = TokensReady | PrefillProgress | Reserved | Preempted | PrefixComplete | CacheChanged

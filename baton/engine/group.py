@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from baton.core.config import EngineConfig
 from baton.core.request import Part, Submission
 from baton.engine.block_manager import BlockStatistics
 from baton.engine.engine import Engine
-from baton.engine.events import Event, PrefillProgress, Reserved
+from baton.engine.events import Event, PrefillProgress, PrefixComplete, Reserved
 from baton.engine.interface import StepEngine, check_result
 from baton.engine.plan import GroupPlan, GroupResult
 from baton.engine.states import SequenceState
@@ -38,10 +39,17 @@ def make_engine(
     max_model_len: int,
     salt: bytes,
     generations: npt.NDArray[np.uint64] | None = None,
+    track_cache: bool = False,
 ) -> StepEngine[Any, Any]:
     """An ``Engine`` where ``config.dp`` is 1, else an ``EngineGroup``. Arguments: see there."""
     make = Engine if config.dp == 1 else EngineGroup
-    return make(config, max_model_len=max_model_len, salt=salt, generations=generations)
+    return make(
+        config,
+        max_model_len=max_model_len,
+        salt=salt,
+        generations=generations,
+        track_cache=track_cache,
+    )
 
 
 class EngineGroup:
@@ -57,8 +65,9 @@ class EngineGroup:
         max_model_len: int,
         salt: bytes,
         generations: npt.NDArray[np.uint64] | None = None,
+        track_cache: bool = False,
     ) -> None:
-        """``salt``: root of all block keys, at most 64 bytes.
+        """``salt``: root of all block keys, at most 64 bytes. ``track_cache``: see ``Engine``.
 
         ``generations``: [dp * num_blocks], uint64; each group raises entries of its own slice.
         """
@@ -69,7 +78,13 @@ class EngineGroup:
             raise ValueError(f"generations must be of shape ({total},), not {generations.shape}")
         self.config = config
         self._engines = tuple(
-            Engine(config, max_model_len=max_model_len, salt=salt, generations=own)
+            Engine(
+                config,
+                max_model_len=max_model_len,
+                salt=salt,
+                generations=own,
+                track_cache=track_cache,
+            )
             for own in np.split(generations, config.dp)
         )
         self.max_model_len = self._engines[0].max_model_len
@@ -81,7 +96,15 @@ class EngineGroup:
 
     # Submissions.
 
-    def submit(self, submission: Submission, part: Part, now: float) -> None:
+    def submit(
+        self,
+        submission: Submission,
+        part: Part,
+        now: float,
+        *,
+        keys: Iterable[BlockKey] = (),
+        fetch: bool = False,
+    ) -> None:
         """Take a submission on, in the group that has least left to do with it.
 
         Of several, in the one with the least tokens to compute and to attend to; of several still,
@@ -92,8 +115,20 @@ class EngineGroup:
             # Refused there, before its prompt is hashed for nothing.
             (holder or self._engines[0]).submit(submission, part, now)
             return
-        keys = self._engines[0].prefix_keys(submission)
-        self._choose(keys).submit(submission, part, now, keys=keys)
+        found = list(keys) or self.prefix_keys(submission)
+        self._choose(found).submit(submission, part, now, keys=found, fetch=fetch)
+
+    def prefix_keys(self, submission: Submission) -> list[BlockKey]:
+        """Keys of the leading blocks that a lookup for ``submission`` may find."""
+        return self._engines[0].prefix_keys(submission)
+
+    def num_cached_blocks(self, keys: list[BlockKey]) -> int:
+        """Length of the longest cached prefix in the group that would take these."""
+        return self._choose(keys).num_cached_blocks(keys)
+
+    def cached_keys(self) -> list[BlockKey]:
+        """Keys of what any group has cached, a parent before its children."""
+        return list(dict.fromkeys(key for engine in self._engines for key in engine.cached_keys()))
 
     def _choose(self, keys: list[BlockKey]) -> Engine:
         """Where the least is left to do: what is open there, less what this one finds cached.
@@ -146,6 +181,11 @@ class EngineGroup:
         """The KV will not come (any more): compute in the group that has the sequence."""
         holder = self._holder(request_id)
         return holder is not None and holder.kv_failed(request_id, num_valid_tokens, first_token)
+
+    def fetched(self, request_id: str, num_valid_tokens: int) -> bool:
+        """The fetch of a prefix is over: compute the rest."""
+        holder = self._holder(request_id)
+        return holder is not None and holder.fetched(request_id, num_valid_tokens)
 
     # Steps.
 
@@ -217,7 +257,7 @@ class EngineGroup:
             return events
         return [
             dataclasses.replace(event, blocks=tuple(first + block for block in event.blocks))
-            if isinstance(event, Reserved | PrefillProgress)
+            if isinstance(event, Reserved | PrefillProgress | PrefixComplete)
             else event
             for event in events
         ]

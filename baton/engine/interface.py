@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
+from baton.core.blocks import BlockKey
 from baton.core.cluster import InstanceLoad
 from baton.core.config import EngineConfig
 from baton.core.request import Part, Submission
@@ -30,8 +32,28 @@ class SequenceEngine(Protocol):
     config: EngineConfig
     max_model_len: int
 
-    def submit(self, submission: Submission, part: Part, now: float) -> None:
+    def submit(
+        self,
+        submission: Submission,
+        part: Part,
+        now: float,
+        *,
+        keys: Iterable[BlockKey] = (),
+        fetch: bool = False,
+    ) -> None:
         """Take a submission on."""
+
+    def prefix_keys(self, submission: Submission) -> list[BlockKey]:
+        """Keys of the leading blocks that a lookup for it may find."""
+
+    def num_cached_blocks(self, keys: list[BlockKey]) -> int:
+        """How many leading blocks of these need not be fetched."""
+
+    def cached_keys(self) -> list[BlockKey]:
+        """Keys of all cached blocks, a parent before its children."""
+
+    def fetched(self, request_id: str, num_valid_tokens: int) -> bool:
+        """The fetch of a prefix is over."""
 
     def abort(self, request_id: str) -> bool:
         """End a sequence in any state."""

@@ -131,7 +131,7 @@ class OfflineEngine:
             max_model_len=resolve_max_model_len(checkpoint.config, config),
             salt=block_salt(
                 model_fingerprint=checkpoint.fingerprint,
-                layout=kv_layout(checkpoint.config, config).text,
+                layout=kv_layout(checkpoint.config, config).canonical.text,
             ),
         )
         self._thread = _RunnerThread(make_runner(checkpoint, config, progress=progress))

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from baton.core.blocks import BlockKey
-from baton.core.request import Part, Submission, TokenLogprobs
+from baton.core.request import FinishReason, Part, Submission, TokenLogprobs
 from baton.engine.states import SequenceState
 
 Rank = tuple[int, int]
@@ -98,6 +98,21 @@ class Sequence:
             return tuple(self.blocks[:num_blocks])
         self._table = tuple(self.blocks)
         return self._table
+
+    def append(self, token: int) -> tuple[FinishReason | None, int | None]:
+        """One more output token: why it ends the request, if it does, and the stop token."""
+        self.token_ids.append(token)
+        if token in self.stop_token_ids:
+            return FinishReason.STOP, token
+        if len(self.token_ids) >= self.max_num_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def step_back(self) -> None:
+        """The runner drew nothing: the last token is computed again, later rows do not count."""
+        self.lineage += 1
+        self.num_in_flight = 0
+        self.num_computed = self.num_committed = len(self.token_ids) - 1
 
     def take_blocks(self) -> list[int]:
         """Hand over the block table and forget what was computed in it."""

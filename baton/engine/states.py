@@ -1,8 +1,9 @@
 """The life of a sequence inside one engine, as a table.
 
 A sequence enters in ``WAITING`` (``Part.PREFILL``, ``Part.WHOLE``) or ``PENDING_BLOCKS``
-(``Part.DECODE``) and leaves in ``FINISHED``. What a state holds (blocks, a slot of the runner)
-is a table as well: whoever moves a sequence reads there what to give back.
+(``Part.DECODE``, and any that is to fetch a prefix first) and leaves in ``FINISHED``. What a
+state holds (blocks, a slot of the runner) is a table as well: whoever moves a sequence reads there
+what to give back.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ class SequenceState(enum.StrEnum):
     WAITING = "waiting"
     """Wants blocks and a slot, to compute all of its tokens."""
     PENDING_BLOCKS = "pending_blocks"
-    """Decode part: wants blocks for the KV that another instance computes."""
+    """Wants blocks for KV that another instance computes, or that the pool holds."""
     PENDING_KV = "pending_kv"
-    """Decode part: blocks reserved, bytes on their way."""
+    """Blocks reserved, bytes on their way."""
     READY = "ready"
     """Has its blocks and KV (all of it, or a trusted prefix); wants a slot."""
     RUNNING = "running"
@@ -43,6 +44,8 @@ class SequenceEvent(enum.StrEnum):
     KV_ARRIVED = "kv_arrived"
     KV_FAILED = "kv_failed"
     """The KV will not come: compute it here."""
+    FETCHED = "fetched"
+    """What the pool had of a prefix is here; the rest is computed here."""
     PREEMPT = "preempt"
     """Others need its blocks more."""
     DRAINED = "drained"
@@ -73,6 +76,8 @@ TRANSITIONS: Mapping[tuple[SequenceState, SequenceEvent], SequenceState] = Mappi
         (_S.PENDING_KV, _E.KV_ARRIVED): _S.READY,
         (_S.PENDING_KV, _E.KV_FAILED): _S.READY,
         (_S.PENDING_BLOCKS, _E.KV_FAILED): _S.WAITING,
+        (_S.PENDING_KV, _E.FETCHED): _S.READY,
+        (_S.PENDING_BLOCKS, _E.FETCHED): _S.WAITING,
         (_S.RUNNING, _E.PREEMPT): _S.PREEMPTED,
         (_S.READY, _E.PREEMPT): _S.PREEMPTED,
         (_S.PREEMPTED, _E.DRAINED): _S.WAITING,

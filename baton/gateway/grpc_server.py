@@ -181,6 +181,7 @@ class GrpcDoor:
                 sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True
             ),
             priority=message.priority,
+            cache_salt=message.cache_salt,
             timeout_s=timeout_s,
         )
 

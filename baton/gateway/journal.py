@@ -89,6 +89,7 @@ class Journal:
         *,
         choice: int = 0,
         priority: int = 0,
+        tenant: str = "",
         gateway_id: str = "",
         gap_timeout_s: float = 20.0,
     ) -> None:
@@ -97,12 +98,14 @@ class Journal:
         self.sampling = sampling
         self.choice = choice
         self.priority = priority
+        self.tenant = tenant
         self.gateway_id = gateway_id
         self.state = State.RECEIVED
         self.attempt = 0
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.num_cached_tokens: int | None = None
+        self.cached_by_tier: tuple[tuple[str, int], ...] = ()
         self.attempts = [AttemptLog(0)]
         self._gap_timeout_s = gap_timeout_s
         self._early: dict[int, TokenOutput] = {}
@@ -156,6 +159,7 @@ class Journal:
             output_ids=tuple(self.token_ids),
             choice=self.choice,
             priority=self.priority,
+            tenant=self.tenant,
             budget_s=budget_s,
             gateway_id=self.gateway_id,
         )
@@ -259,6 +263,7 @@ class Journal:
             self.token_ids.extend(new)
             if self.num_cached_tokens is None:
                 self.num_cached_tokens = output.num_cached_tokens
+                self.cached_by_tier = output.cached_by_tier
         delta = Delta(
             index=num_have,
             token_ids=new,

@@ -77,6 +77,7 @@ class _Common(_Strict):
     skip_special_tokens: bool = True
     return_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
 

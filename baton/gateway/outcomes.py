@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 from baton.core.errors import BatonError, Code
 from baton.core.request import FinishReason
 from baton.core.slo import Timing
@@ -100,6 +102,7 @@ class RequestRecord:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             cached_tokens=self._cached_tokens,
+            cached_by_tier=self._cached_by_tier,
             ttft_s=min((timing.ttft_s for timing in timings), default=0.0),
             tpot_s=max((timing.tpot_s or 0.0 for timing in timings), default=0.0),
             attempts=[
@@ -125,6 +128,13 @@ class RequestRecord:
     @property
     def _cached_tokens(self) -> int:
         return sum(choice.journal.num_cached_tokens or 0 for choice in self._choices)
+
+    @property
+    def _cached_by_tier(self) -> dict[str, int]:
+        found: collections.Counter[str] = collections.Counter()
+        for choice in self._choices:
+            found.update(dict(choice.journal.cached_by_tier))
+        return dict(found)
 
     def _timing(self, choice: ChoiceRecord) -> Timing | None:
         return choice.timing(self._received_s)

@@ -14,6 +14,7 @@ from baton.gateway.model_info import ModelInfo
 from baton.gateway.openai_types import MAX_STOPS, ChatBody, CompletionBody, Message
 from baton.gateway.tokenizer import GatewayTokenizer
 
+MAX_SALT = 256
 MAX_CHOICES = 256
 """Choices of one request over all its prompts."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -45,6 +46,8 @@ class GatewayRequest:
     include_stop: bool
     skip_special_tokens: bool
     priority: int
+    cache_salt: str
+    """KV is shared only between requests with the same one; empty: with all that have none."""
     timeout_s: float
 
     @property
@@ -134,6 +137,7 @@ class RequestChecker:
         include_stop: bool,
         skip_special_tokens: bool,
         priority: int,
+        cache_salt: str,
         timeout_s: float,
     ) -> GatewayRequest:
         """The gRPC door: one prompt; ``sampling`` holds fields of SamplingParams."""
@@ -152,6 +156,7 @@ class RequestChecker:
             include_stop=include_stop,
             skip_special_tokens=skip_special_tokens,
             priority=priority,
+            cache_salt=_check_salt(cache_salt),
             timeout_s=timeout_s,
         )
 
@@ -199,6 +204,7 @@ class RequestChecker:
             include_stop=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             priority=body.priority,
+            cache_salt=_check_salt(body.cache_salt or ""),
             timeout_s=timeout_s,
         )
 
@@ -297,6 +303,13 @@ def check_request_id(value: str, *, param: str) -> str:
             "must be 1 to 128 visible ASCII characters without spaces", param=param
         )
     return value
+
+
+def _check_salt(salt: str) -> str:
+    check_utf8(salt, param="cache_salt")
+    if len(salt) > MAX_SALT:
+        raise InvalidRequest(f"at most {MAX_SALT} characters", param="cache_salt")
+    return salt
 
 
 def check_utf8(text: str, *, param: str) -> None:

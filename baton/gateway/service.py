@@ -184,6 +184,7 @@ class InferenceService:
             sampling,
             choice=choice % request.n,
             priority=request.priority,
+            tenant=request.cache_salt,
             gateway_id=self._gateway_id,
             gap_timeout_s=self._around.limits.gap_timeout_s,
         )

@@ -21,50 +21,32 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
+from baton.core.blocks import BlockKey
 from baton.core.clock import Clock
 from baton.core.cluster import InstanceLoad, Target
 from baton.core.errors import BatonError, Code, Fenced, InvalidRequest, Refused, Stage
 from baton.core.request import FinishReason, Part, Submission, TokenOutput
-from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
+from baton.engine.events import (
+    CacheChanged,
+    Event,
+    Preempted,
+    PrefillProgress,
+    PrefixComplete,
+    Reserved,
+    TokensReady,
+)
 from baton.engine.interface import SequenceEngine
 from baton.instance.hub import TokenHub
+from baton.instance.open_requests import InstanceCounters, OpenRequest, by_tier
+from baton.instance.pool_side import PoolSide
 from baton.instance.roles import RoleSwitch
 from decode_worker.worker import DecodeWorker
+from kvpool.tiers import Tier
 from prefill_worker.worker import PrefillWorker
 
 logger = logging.getLogger(__name__)
 
 _MAX_REMEMBERED_ABORTS = 8192
-
-
-@dataclasses.dataclass(slots=True)
-class OpenRequest:
-    """A submission that this instance works on."""
-
-    sequence_id: str
-    """What engine and workers call it. One per attempt: while an aborted attempt's last step or
-    pull still runs, the next attempt may already be here."""
-    submission: Submission
-    part: Part
-    stages: list[tuple[str, float]] = dataclasses.field(default_factory=list)
-    """Not yet reported; they travel with the next output."""
-    deadline: asyncio.TimerHandle | None = None
-    first_output_sent: bool = False
-
-
-@dataclasses.dataclass(slots=True)
-class InstanceCounters:
-    """Totals since the start, for metrics."""
-
-    num_submitted: int = 0
-    num_refused: int = 0
-    num_finished: int = 0
-    num_aborted: int = 0
-    num_failed: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_generated_tokens: int = 0
 
 
 class Instance:
@@ -94,6 +76,7 @@ class Instance:
         self._aborted: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._prefill: PrefillWorker
         self._decode: DecodeWorker
+        self._pool: PoolSide | None = None
         self._wake: Callable[[], None]
         self._on_empty: Callable[[], None] = lambda: None
 
@@ -104,8 +87,10 @@ class Instance:
         decode: DecodeWorker,
         wake: Callable[[], None],
         on_empty: Callable[[], None],
+        pool: PoolSide | None = None,
     ) -> None:
         """Complete the wiring: the workers need our hooks, and we need them."""
+        self._pool = pool
         self._prefill = prefill
         self._decode = decode
         self._wake = wake
@@ -140,9 +125,11 @@ class Instance:
                     return  # the gateway repeats a call whose answer it did not see
                 self._drop(older, "a newer attempt took its place", everywhere=True)
             sequence_id = f"{request_id}@{attempt}"
-            self.engine.submit(
-                dataclasses.replace(submission, request_id=sequence_id), part, self._clock.now()
-            )
+            named = dataclasses.replace(submission, request_id=sequence_id)
+            keys, num_cached = self._prefix(named, part)
+            missing = len(keys) - num_cached
+            fetch = self._pool is not None and self._pool.fetcher.wanted(missing)
+            self.engine.submit(named, part, self._clock.now(), keys=keys, fetch=fetch)
         except BatonError:
             self.counters.num_refused += 1
             raise
@@ -150,6 +137,8 @@ class Instance:
         self._newest[request_id] = sequence_id
         self._stage(sequence_id, f"{part}_received")
         self.counters.num_submitted += 1
+        if fetch and self._pool is not None:
+            self._pool.fetcher.open(sequence_id, keys, num_cached)
         if submission.budget_s is not None:
             entry.deadline = asyncio.get_running_loop().call_later(
                 submission.budget_s, self._on_deadline, sequence_id
@@ -160,6 +149,14 @@ class Instance:
             assert prefill is not None
             self._decode.open(sequence_id, attempt, prefill)
         self._wake()
+
+    def _prefix(self, submission: Submission, part: Part) -> tuple[list[BlockKey], int]:
+        """Keys that the pool may be asked for, and how many of their blocks are cached here."""
+        too_long = submission.num_tokens >= self.engine.max_model_len
+        if self._pool is None or part is Part.DECODE or too_long:
+            return [], 0
+        keys = self.engine.prefix_keys(submission)
+        return keys, self.engine.num_cached_blocks(keys)
 
     def _check(self, submission: Submission, part: Part, incarnation: int) -> None:
         if incarnation != self.incarnation:
@@ -213,7 +210,10 @@ class Instance:
             return
         if entry.part is Part.PREFILL:
             self._prefill.close(sequence_id, code=Code.ABORTED, message=why, finished=everywhere)
-        if not (entry.part is Part.DECODE and self._decode.abort(sequence_id)):
+        quarantined = (entry.part is Part.DECODE and self._decode.abort(sequence_id)) or (
+            self._pool is not None and self._pool.fetcher.abort(sequence_id)
+        )
+        if not quarantined:
             self.engine.abort(sequence_id)
         self._wake()
 
@@ -279,6 +279,14 @@ class Instance:
                     self._prefill.on_progress(event)
                 case Reserved():
                     self._decode.on_reserved(event)
+                    if self._pool is not None:
+                        self._pool.fetcher.on_reserved(event)
+                case PrefixComplete():
+                    if self._pool is not None and self._pool.write_back is not None:
+                        self._pool.write_back.on_complete(event)
+                case CacheChanged():
+                    if self._pool is not None:
+                        self._pool.cache_changed(event)
                 case Preempted():
                     self.counters.num_preemptions += 1
                     self._stage(event.request_id, "preempted")
@@ -298,6 +306,9 @@ class Instance:
         if entry is None:
             return
         self.counters.num_generated_tokens += len(event.token_ids)
+        tiers: dict[Tier, int] = {}
+        if event.num_cached_tokens and self._pool is not None:
+            tiers = self._pool.fetcher.take_tiers(event.request_id)
         output = TokenOutput(
             request_id=entry.submission.request_id,
             attempt=entry.submission.attempt,
@@ -307,6 +318,7 @@ class Instance:
             finish_reason=event.finish_reason,
             stop_token_id=event.stop_token_id,
             num_cached_tokens=event.num_cached_tokens,
+            cached_by_tier=by_tier(event.num_cached_tokens or 0, tiers),
             prompt_logprobs=event.prompt_logprobs,
         )
         if event.num_cached_tokens is not None:
@@ -341,10 +353,21 @@ class Instance:
 
     # Hooks of the workers.
 
+    def prefix_fetched(self, sequence_id: str, num_valid_tokens: int) -> bool:
+        """What the pool had of a prefix is here; the rest must be computed."""
+        known = self.engine.fetched(sequence_id, num_valid_tokens)
+        self._wake()
+        return known
+
     def release_held(self, sequence_id: str) -> None:
         """The decode side has a held sequence's blocks, or its lease ended."""
         if self._close(sequence_id) is not None:
             self.counters.num_finished += 1
+        self.engine.release(sequence_id)
+        self._wake()
+
+    def free_held(self, sequence_id: str) -> None:
+        """A held sequence's blocks are elsewhere: they are free here, the handoff goes on."""
         self.engine.release(sequence_id)
         self._wake()
 

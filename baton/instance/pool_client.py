@@ -43,7 +43,8 @@ class PoolClient:
         does not answer: a later start may find it.
         """
         # A restarted pool node may have another port; the controller knows it by its machine.
-        self._address = await self._look_up() or self._address
+        spec = self._spec
+        self._address = await find_pool(spec.controller_address, spec.node_id) or self._address
         request = pool_pb2.AllocateArenaRequest(
             instance_id=self._spec.instance_id,
             nonce=self._nonce,
@@ -77,18 +78,16 @@ class PoolClient:
             except grpc.aio.AioRpcError:
                 logger.info("the pool node is gone already; it releases arenas by itself")
 
-    async def _look_up(self) -> str | None:
-        async with grpc.aio.insecure_channel(
-            self._spec.controller_address, options=channel_options()
-        ) as channel:
-            stub: cluster_pb2_grpc.ClusterAsyncStub = cluster_pb2_grpc.ClusterStub(channel)
-            try:
-                status = await stub.GetStatus(
-                    cluster_pb2.GetStatusRequest(), timeout=_LOOKUP_TIMEOUT_S
-                )
-            except grpc.aio.AioRpcError:
-                return None
-        for member in status.members:
-            if member.kind == "pool" and member.node_id == self._spec.node_id:
-                return member.address
-        return None
+
+async def find_pool(controller_address: str, node_id: str) -> str | None:
+    """Where a machine's pool node is now, as the controller knows; ``None`` if it does not."""
+    async with grpc.aio.insecure_channel(controller_address, options=channel_options()) as channel:
+        stub: cluster_pb2_grpc.ClusterAsyncStub = cluster_pb2_grpc.ClusterStub(channel)
+        try:
+            status = await stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=_LOOKUP_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return None
+    for member in status.members:
+        if member.kind == "pool" and member.node_id == node_id:
+            return member.address
+    return None

@@ -39,14 +39,17 @@ from baton.engine.parallel.runner import (
 from baton.engine.plan import Runner
 from baton.engine.runners import check_ranks
 from baton.instance.assembly import assemble
+from baton.instance.instance import Instance
 from baton.instance.metrics import make_registry
-from baton.instance.pool_client import PoolClient
+from baton.instance.pool_client import PoolClient, find_pool
+from baton.instance.pool_side import PoolSide, make_pool_side
 from baton.instance.roles import RoleSwitch
 from baton.instance.service import InstanceService
 from baton.instance.session import ControllerSession
 from baton.instance.spec import InstanceSpec
 from kvpool.arena import BlockArena
 from kvpool.layout import KVLayout
+from kvpool.pool_link import PoolLink, tier_owner
 from kvpool.transports import TransportSet, make_transports
 from protos.baton.internal.v1 import instance_pb2_grpc
 from protos.http import HttpServer
@@ -106,10 +109,13 @@ class InstanceServer:
         engine = make_engine(
             spec.engine,
             max_model_len=self._max_model_len,
-            salt=block_salt(model_fingerprint=checkpoint.fingerprint, layout=layout.text),
+            salt=block_salt(model_fingerprint=checkpoint.fingerprint, layout=layout.canonical.text),
             generations=self._cache.generations,
+            track_cache=self._has_pool,
         )
-        transports = TransportSet(make_transports(_transport_names(spec), spec.host))
+        transports = TransportSet(
+            make_transports(_transport_names(spec), spec.host, tls=spec.handoff.tls)
+        )
         self._exit.push_async_callback(loop.run_in_executor, None, transports.close)
         self.role = RoleSwitch(spec.role)
         self.parts = parts = assemble(
@@ -123,6 +129,8 @@ class InstanceServer:
             clock=clock,
             vocab_size=checkpoint.config.vocab_size,
             on_empty=lambda: self._session.heartbeat_now(),
+            pool=self._make_pool_side(layout) if self._has_pool else None,
+            spill_after_s=spec.pool.spill_after_s,
         )
         self.instance = parts.instance
         self._session = ControllerSession(
@@ -136,9 +144,39 @@ class InstanceServer:
         self._exit.push_async_callback(parts.stop)
         await self._serve()
         self._spawn(parts.loop.run(), "engine loop")
+        if parts.pool is not None:
+            parts.pool.start()
         session = self._spawn(self._session.run(), "controller session")
         self._exit.push_async_callback(_cancel, session)
         await self._registered()
+
+    @property
+    def _has_pool(self) -> bool:
+        return self.spec.pool_address is not None and self.spec.pool.host_bytes > 0
+
+    def _make_pool_side(self, layout: KVLayout) -> Callable[[Instance], PoolSide]:
+        spec = self.spec
+        assert spec.pool_address is not None
+        link = PoolLink(
+            tier_owner(spec.instance_id, self._nonce),
+            spec.pool_address,
+            lambda: find_pool(spec.controller_address, spec.node_id),
+            lease_s=spec.pool.lease_s,
+        )
+
+        def make(instance: Instance) -> PoolSide:
+            return make_pool_side(
+                instance,
+                link,
+                spec.controller_address,
+                config=spec.pool,
+                cache=self._cache,
+                host_layout=layout.canonical.text,
+                block_size=spec.engine.block_size,
+                life=int(SystemClock().wall() * 1000),
+            )
+
+        return make
 
     async def _load_inline(self, layout: KVLayout) -> InlineRunner:
         """The runner of a single rank, in this process, and the arena that it computes in."""

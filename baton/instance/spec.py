@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from baton.core.cluster import Role
-from baton.core.config import EngineConfig, HandoffConfig
+from baton.core.config import EngineConfig, HandoffConfig, PoolConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class InstanceSpec:
     """The machine's pool node; ``None`` keeps the KV cache in private memory (then TCP only)."""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     handoff: HandoffConfig = dataclasses.field(default_factory=HandoffConfig)
+    pool: PoolConfig = dataclasses.field(default_factory=PoolConfig)
 
     @property
     def num_blocks(self) -> int:

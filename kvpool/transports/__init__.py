@@ -8,7 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from baton.core.config import TlsConfig
 from baton.core.errors import ConfigError
+from kvpool.arena import BlockArena
+from kvpool.reshard import ReshardPlan
 from kvpool.transport import (
     BlockCopy,
     Endpoint,
@@ -18,8 +21,17 @@ from kvpool.transport import (
     Transport,
     TransportBroken,
 )
-from kvpool.transports.blocks import broken, check_layouts, failed
+from kvpool.transports.blocks import (
+    broken,
+    check_layouts,
+    check_targets,
+    failed,
+    plan_between,
+    runs,
+)
+from kvpool.transports.collective import CollectiveTransport
 from kvpool.transports.loopback import LoopbackTransport
+from kvpool.transports.mooncake import MooncakeTransport
 from kvpool.transports.shm import ShmTransport
 from kvpool.transports.tcp import TcpTransport
 
@@ -28,18 +40,25 @@ __all__ = ["TransportSet", "choose", "make_transports"]
 log = logging.getLogger(__name__)
 
 _MAX_PEERS = 256
+SCRATCH_BYTES = 4 << 20
+"""One frame of tcp. More is slower: new memory costs more than another round."""
 _BUILDERS: dict[str, Callable[[str], Transport]] = {
     "loopback": lambda host: LoopbackTransport(),
     "shm": lambda host: ShmTransport(),
     "tcp": lambda host: TcpTransport(host),
+    "collective": lambda host: CollectiveTransport(host),
+    "mooncake": lambda host: MooncakeTransport(host),
 }
 _AUTO = ("shm", "tcp")
 
 
-def make_transports(names: Sequence[str], host: str) -> list[Transport]:
+def make_transports(
+    names: Sequence[str], host: str, *, tls: TlsConfig | None = None
+) -> list[Transport]:
     """Transports in the order of preference. ``auto`` stands for shm, then tcp.
 
-    ``host``: own address as other machines reach it. Raises ConfigError for an unknown name.
+    ``host``: own address as other machines reach it. ``tls``: of tcp. Raises ConfigError for an
+    unknown name, or TLS files that cannot be used.
     """
     wanted = [real for name in names for real in (_AUTO if name == "auto" else (name,))]
     unknown = sorted(set(wanted) - set(_BUILDERS))
@@ -48,7 +67,8 @@ def make_transports(names: Sequence[str], host: str) -> list[Transport]:
             f"transport must be auto or of {sorted(_BUILDERS)}, got {unknown or 'none'}",
             param="handoff.transport",
         )
-    return [_BUILDERS[name](host) for name in dict.fromkeys(wanted)]
+    builders = _BUILDERS | {"tcp": lambda host: TcpTransport(host, tls=tls)}
+    return [builders[name](host) for name in dict.fromkeys(wanted)]
 
 
 def choose(
@@ -74,11 +94,15 @@ def choose(
 class TransportSet:
     """An instance's transports: exports its cache on all, pulls over the best that works.
 
-    ``pull`` may be called from several transport threads; all block.
+    ``pull`` may be called from several transport threads; all block. ``scratch_bytes``: private
+    memory of one pull from a peer with another number of shards, but at least one block.
     """
 
-    def __init__(self, transports: Sequence[Transport]) -> None:
+    def __init__(
+        self, transports: Sequence[Transport], *, scratch_bytes: int = SCRATCH_BYTES
+    ) -> None:
         self._transports = tuple(transports)
+        self._scratch_bytes = scratch_bytes
         self._chosen: collections.OrderedDict[tuple[Endpoint, ...], tuple[Transport, Endpoint]] = (
             collections.OrderedDict()
         )
@@ -108,27 +132,74 @@ class TransportSet:
     ) -> Receipt:
         """Pull from a peer over the transport chosen for it.
 
-        If that one turns out broken, the next one that reaches the peer does the whole pull again
-        within the same time. Raises TransferFailed.
+        If that one turns out broken, the next one that reaches the peer does the pull again within
+        the same time. A peer whose layout differs in the number of shards only is pulled from in
+        slices, each of which is resharded when it has been verified. Raises TransferFailed.
         """
-        deadline = time.monotonic() + timeout_s
+        started = time.monotonic()
         key = tuple(endpoints)
+        plan = plan_between(key[0].layout, cache.layout) if key else None
+        if plan is None:
+            return self._pull(key, cache, copies, started, timeout_s)
+        return self._pull_resharded(plan, key, cache, copies, started, timeout_s)
+
+    def _pull(
+        self,
+        key: tuple[Endpoint, ...],
+        cache: KVCache,
+        copies: Sequence[BlockCopy],
+        started: float,
+        timeout_s: float,
+    ) -> Receipt:
         candidates = self._transports
         while True:
             transport, endpoint = self._choice(key, candidates, cache.layout)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise failed(f"the pull took longer than {timeout_s:g} s")
+            left = _left(started, timeout_s)
             try:
                 return transport.pull(endpoint, cache, copies, timeout_s=left)
             except TransportBroken as error:
                 with self._lock:
                     self._chosen.pop(key, None)
                 candidates = tuple(one for one in candidates if one is not transport)
-                offered = {endpoint.transport for endpoint in endpoints}
+                offered = {endpoint.transport for endpoint in key}
                 if not any(one.name in offered for one in candidates):
                     raise
                 log.warning("%s failed, trying another transport: %s", transport.name, error)
+
+    def _pull_resharded(
+        self,
+        plan: ReshardPlan,
+        key: tuple[Endpoint, ...],
+        cache: KVCache,
+        copies: Sequence[BlockCopy],
+        started: float,
+        timeout_s: float,
+    ) -> Receipt:
+        """Into blocks as the peer has them, and from there into our own."""
+        check_targets(cache, copies)
+        size = plan.source.block_bytes
+        step = max(1, min(len(copies), self._scratch_bytes // size))
+        scratch = BlockArena.private(step, size, plan.source.text)
+        name = ""
+        try:
+            # Also without copies: whether the peer is there is told.
+            for at in range(0, max(1, len(copies)), step):
+                part = copies[at : at + step]
+                staged = [BlockCopy(copy.src, copy.generation, i) for i, copy in enumerate(part)]
+                name = self._pull(key, scratch, staged, started, timeout_s).transport
+                done = 0
+                for first, count in runs([copy.dst for copy in part]):
+                    plan.apply(scratch.run(done, count), cache.run(first, count))
+                    done += count
+                _left(started, timeout_s)
+        finally:
+            scratch.close()
+        return Receipt(
+            num_blocks=len(copies),
+            num_bytes=len(copies) * size,
+            seconds=time.monotonic() - started,
+            transport=name,
+        )
 
     def forget(self, endpoints: Sequence[Endpoint]) -> None:
         """A peer is gone: let go of its memory and connections now, not when they are missed."""
@@ -159,3 +230,11 @@ class TransportSet:
             while len(self._chosen) > _MAX_PEERS:
                 self._chosen.popitem(last=False)
         return choice
+
+
+def _left(started: float, timeout_s: float) -> float:
+    """Seconds of the pull that are left. Raises TransferFailed when none are."""
+    left = started + timeout_s - time.monotonic()
+    if left <= 0:
+        raise failed(f"the pull took longer than {timeout_s:g} s")
+    return left

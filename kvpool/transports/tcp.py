@@ -1,19 +1,22 @@
 """Between machines: the reader asks the exporter's block server, and receives into its own cache.
 
 Bytes go from the socket straight into the destination blocks, frame by frame, each with a
-checksum; the exporter re-checks the generations after the last byte. Connections are kept for the
-next pull.
+checksum; the exporter re-checks the generations after the last byte. A large pull is divided over
+several connections. Connections are kept for the next pull.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import socket
+import logging
+import os
+import ssl
 import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
+from baton.core.config import TlsConfig
 from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFailed
 from kvpool.transports import tcp_wire as wire
 from kvpool.transports.blocks import (
@@ -23,34 +26,56 @@ from kvpool.transports.blocks import (
     check_layouts,
     check_targets,
     failed,
-    views,
 )
+from kvpool.transports.tcp_channel import Channel
+from kvpool.transports.tcp_connections import Connections
+from kvpool.transports.tcp_frames import receive_frames
 from kvpool.transports.tcp_server import BlockServer
+from kvpool.transports.tcp_tls import TlsContexts, explain
 
+log = logging.getLogger(__name__)
+
+MAX_STREAMS = 4
+STREAM_BYTES = 4 << 20
+"""A pull has a stream for each so many bytes. More than one also within a machine: the system tends
+to run the two ends of a busy connection on one processor, in turn."""
 _PROBE_S = 1.0
-_MAX_IDLE_PER_PEER = 4
-_MAX_PEERS = 64
 
 
 class TcpTransport:
-    """A :class:`kvpool.transport.Transport` over tcp. ``host``: own address, as peers reach it."""
+    """A :class:`kvpool.transport.Transport` over tcp.
+
+    ``host``: own address, as peers reach it. ``streams``: connections that one pull may use at the
+    same time; default: one per processor, ``MAX_STREAMS`` at most. ``tls``: both directions use
+    it, and peers without it are refused. Raises ConfigError for TLS files that cannot be used.
+    """
 
     name = "tcp"
 
-    def __init__(self, host: str = "127.0.0.1", *, max_connections: int = 64) -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        *,
+        tls: TlsConfig | None = None,
+        streams: int | None = None,
+        stream_bytes: int = STREAM_BYTES,
+        max_connections: int = 256,
+    ) -> None:
+        contexts = TlsContexts(tls) if tls is not None and tls.enabled else None
         self._host = host
+        self._server_tls = contexts.server if contexts is not None else None
         self._max_connections = max_connections
+        self._streams = streams if streams is not None else _default_streams()
+        self._stream_bytes = stream_bytes
+        self._connections = Connections(contexts.client if contexts is not None else None)
         self._lock = threading.Lock()
         self._servers: list[BlockServer] = []
-        self._idle: collections.OrderedDict[Endpoint, list[socket.socket]] = (
-            collections.OrderedDict()
-        )
-        self._busy: set[socket.socket] = set()
-        self._closed = False
 
     def export(self, cache: KVCache) -> Endpoint:
         """Start a server for the cache. Raises ConfigError if the host cannot be bound."""
-        server = BlockServer(self._host, cache, max_connections=self._max_connections)
+        server = BlockServer(
+            self._host, cache, max_connections=self._max_connections, tls=self._server_tls
+        )
         with self._lock:
             self._servers.append(server)
         return Endpoint(
@@ -60,8 +85,11 @@ class TcpTransport:
     def reachable(self, endpoint: Endpoint) -> bool:
         """Ask the exporter whether it is the one meant; at most a second."""
         try:
-            self._exchange(endpoint, None, (), budget_until(time.monotonic() + _PROBE_S))
-        except (TransferFailed, TimeoutError):
+            probe = _Stream(self._connections, endpoint, None, ())
+            probe.run(budget_until(time.monotonic() + _PROBE_S))
+        except (TransferFailed, TimeoutError) as error:
+            # Whoever asks only learns that there is no way; certificates are mended by people.
+            log.warning("%s cannot be reached over tcp: %s", endpoint.address, error or "no answer")
             return False
         return True
 
@@ -72,13 +100,22 @@ class TcpTransport:
         started = time.monotonic()
         check_targets(cache, copies)
         check_layouts(endpoint.layout, cache.layout)
-        if copies:
-            try:
-                self._exchange(endpoint, cache, copies, budget_until(started + timeout_s))
-            except TimeoutError:
-                raise failed(
-                    f"the pull from {endpoint.address} took longer than {timeout_s:g} s"
-                ) from None
+        budget = budget_until(started + timeout_s)
+        try:
+            if copies:
+                parts = divide(
+                    copies,
+                    cache.block_bytes,
+                    streams=self._streams,
+                    stream_bytes=self._stream_bytes,
+                )
+                _run_all(
+                    [_Stream(self._connections, endpoint, cache, part) for part in parts], budget
+                )
+        except TimeoutError:
+            raise failed(
+                f"the pull from {endpoint.address} took longer than {timeout_s:g} s"
+            ) from None
         return Receipt(
             num_blocks=len(copies),
             num_bytes=len(copies) * cache.block_bytes,
@@ -88,127 +125,161 @@ class TcpTransport:
 
     def forget(self, endpoint: Endpoint) -> None:
         """Close the idle connections to a peer that is gone."""
-        with self._lock:
-            idle = self._idle.pop(endpoint, [])
-        for sock in idle:
-            sock.close()
+        self._connections.forget(endpoint)
 
     def close(self) -> None:
         """Stop the server, close all connections; pulls under way fail."""
         with self._lock:
-            self._closed = True
             servers, self._servers = self._servers, []
-            idle = [sock for socks in self._idle.values() for sock in socks]
-            self._idle.clear()
-            for sock in self._busy:
-                # Its thread wakes, fails and closes it.
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-        for sock in idle:
-            sock.close()
+        self._connections.close()
         for server in servers:
             server.close()
 
-    def _exchange(
-        self, endpoint: Endpoint, cache: KVCache | None, copies: Sequence[BlockCopy], budget: Budget
+
+def divide(
+    copies: Sequence[BlockCopy], block_bytes: int, *, streams: int, stream_bytes: int
+) -> list[Sequence[BlockCopy]]:
+    """Each stream's copies, in order: a stream for each ``stream_bytes``, ``streams`` at most.
+
+    Sizes differ by a block at most.
+    """
+    wanted = len(copies) * block_bytes // stream_bytes
+    count = max(1, min(streams, wanted, len(copies)))
+    bounds = [len(copies) * i // count for i in range(count + 1)]
+    return [copies[bounds[i] : bounds[i + 1]] for i in range(count)]
+
+
+def _default_streams() -> int:
+    return min(MAX_STREAMS, len(os.sched_getaffinity(0)))
+
+
+def _run_all(streams: Sequence[_Stream], budget: Budget) -> None:
+    """Run all streams, the first in this thread; if one fails, the others are ended.
+
+    Returns or raises only when no thread writes to the cache any more; the budget that all of
+    them have bounds that.
+    """
+    errors: list[BaseException] = []
+
+    def run(stream: _Stream) -> None:
+        try:
+            stream.run(budget)
+        except BaseException as error:
+            errors.append(error)
+            for other in streams:
+                other.stop()
+
+    threads = [
+        threading.Thread(target=run, args=(stream,), name="kv-tcp-stream", daemon=True)
+        for stream in streams[1:]
+    ]
+    for thread in threads:
+        thread.start()
+    run(streams[0])
+    for thread in threads:
+        thread.join()
+    if errors:
+        # The others failed because they were ended.
+        raise errors[0]
+
+
+class _Stream:
+    """One connection's part of a pull. Without a cache it is a probe."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        endpoint: Endpoint,
+        cache: KVCache | None,
+        copies: Sequence[BlockCopy],
     ) -> None:
+        self._connections = connections
+        self._endpoint = endpoint
+        self._cache = cache
+        self._copies = copies
+        self._lock = threading.Lock()
+        self._channel: Channel | None = None
+        self._stopped = False
+
+    def run(self, budget: Budget) -> None:
         """One exchange, on an idle connection if there is one.
 
         An idle connection may have died unnoticed (the exporter restarted, or closed it after
         its idle time): a connection error there says nothing, and a fresh one is tried, once.
+        Raises TransferFailed, TimeoutError.
         """
-        sock = self._take_idle(endpoint)
-        if sock is not None:
+        endpoint = self._endpoint
+        idle = self._connections.take_idle(endpoint)
+        if idle is not None:
             try:
-                self._exchange_on(sock, endpoint, cache, copies, budget)
+                self._exchange(idle, budget)
             except TimeoutError:
                 raise
             except OSError:
-                self.forget(endpoint)
+                self._connections.forget(endpoint)
             else:
                 return
         try:
-            fresh = self._connect(endpoint, budget)
-            self._exchange_on(fresh, endpoint, cache, copies, budget)
+            self._exchange(self._connections.connect(endpoint, budget), budget)
         except TimeoutError:
             raise
+        except ssl.SSLError as error:
+            raise broken(
+                f"the transfer from {endpoint.address} failed: {explain(error)}"
+            ) from error
         except OSError as error:
             raise broken(f"the transfer from {endpoint.address} failed: {error}") from error
 
-    def _exchange_on(
-        self,
-        sock: socket.socket,
-        endpoint: Endpoint,
-        cache: KVCache | None,
-        copies: Sequence[BlockCopy],
-        budget: Budget,
-    ) -> None:
+    def stop(self) -> None:
+        """End it, now and if it has not begun yet."""
+        with self._lock:
+            self._stopped = True
+            if self._channel is not None:
+                self._channel.shut()
+
+    def _exchange(self, channel: Channel, budget: Budget) -> None:
         try:
-            _ask(sock, endpoint, cache, copies, budget)
-            status, message = wire.receive_reply(sock, budget)
-            if status is wire.Status.OK and cache is not None:
-                _receive_blocks(sock, cache, copies, budget)
-                status, message = wire.receive_reply(sock, budget)
+            self._begin(channel)
+            _ask(channel, self._endpoint, self._cache, self._copies, budget)
+            status, message = wire.receive_reply(channel, budget)
+            if status is wire.Status.OK and self._cache is not None:
+                targets = np.array([copy.dst for copy in self._copies], dtype=np.int64)
+                receive_frames(channel, self._cache, targets, budget)
+                status, message = wire.receive_reply(channel, budget)
         except wire.BadFrame as error:
-            self._drop(sock)
-            raise broken(f"the transfer from {endpoint.address} failed: {error}") from error
+            self._end(channel)
+            text = f"the transfer from {self._endpoint.address} failed: {error}"
+            raise broken(text) from error
         except BaseException:
-            self._drop(sock)
+            self._end(channel)
             raise
         if status is wire.Status.OK:
-            self._give_back(endpoint, sock)
+            self._end(channel, keep=True)
             return
-        self._drop(sock)
-        text = f"{endpoint.address} refused: {message}"
-        raise broken(text) if status is wire.Status.TOKEN else failed(text)
+        self._end(channel)
+        text = f"{self._endpoint.address} refused: {message}"
+        another_way = status in (wire.Status.TOKEN, wire.Status.TLS)
+        raise broken(text) if another_way else failed(text)
 
-    def _take_idle(self, endpoint: Endpoint) -> socket.socket | None:
+    def _begin(self, channel: Channel) -> None:
         with self._lock:
-            if self._closed:
-                raise broken("the transport is closed")
-            idle = self._idle.get(endpoint)
-            if not idle:
-                return None
-            sock = idle.pop()
-            self._busy.add(sock)
-            return sock
+            if self._stopped:
+                raise broken("another stream of the pull failed")
+            self._channel = channel
 
-    def _connect(self, endpoint: Endpoint, budget: Budget) -> socket.socket:
-        host, _, port = endpoint.address.rpartition(":")
-        if not port.isdecimal():
-            raise broken(f"{endpoint.address!r} is not host:port")
-        sock = socket.create_connection((host.strip("[]"), int(port)), timeout=budget())
+    def _end(self, channel: Channel, *, keep: bool = False) -> None:
+        # Once it is another pull's, it must not be ended by this one.
         with self._lock:
-            if not self._closed:
-                self._busy.add(sock)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return sock
-        sock.close()
-        raise broken("the transport is closed")
-
-    def _drop(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._busy.discard(sock)
-        sock.close()
-
-    def _give_back(self, endpoint: Endpoint, sock: socket.socket) -> None:
-        surplus = []
-        with self._lock:
-            self._busy.discard(sock)
-            idle = self._idle.setdefault(endpoint, [])
-            self._idle.move_to_end(endpoint)
-            if self._closed or len(idle) >= _MAX_IDLE_PER_PEER:
-                surplus.append(sock)
-            else:
-                idle.append(sock)
-            while len(self._idle) > _MAX_PEERS:
-                surplus += self._idle.popitem(last=False)[1]
-        for unwanted in surplus:
-            unwanted.close()
+            self._channel = None
+            keep = keep and not self._stopped
+        if keep:
+            self._connections.give_back(self._endpoint, channel)
+        else:
+            self._connections.drop(channel)
 
 
 def _ask(
-    sock: socket.socket,
+    channel: Channel,
     endpoint: Endpoint,
     cache: KVCache | None,
     copies: Sequence[BlockCopy],
@@ -225,16 +296,4 @@ def _ask(
         min(int(budget() * 1000) + 1, 2**32 - 1),
         len(layout),
     )
-    wire.send_from(sock, [fixed, layout, wire.pack_copies(copies)], budget)
-
-
-def _receive_blocks(
-    sock: socket.socket, cache: KVCache, copies: Sequence[BlockCopy], budget: Budget
-) -> None:
-    step = wire.frame_blocks(cache.block_bytes)
-    for at in range(0, len(copies), step):
-        frame = views(cache, [copy.dst for copy in copies[at : at + step]])
-        trailer = bytearray(wire.CHECKSUM.size)
-        wire.receive_into(sock, [*frame, memoryview(trailer)], budget)
-        if wire.CHECKSUM.unpack(trailer)[0] != wire.checksum(frame):
-            raise wire.BadFrame(f"blocks {at} to {at + step} arrived with a wrong checksum")
+    channel.send([fixed, layout, wire.pack_copies(copies)], budget)

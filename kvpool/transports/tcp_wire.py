@@ -1,4 +1,4 @@
-"""The bytes between a tcp reader and a tcp exporter, and moving them with scatter and gather.
+"""The bytes between a tcp reader and a tcp exporter.
 
 A connection carries one exchange after another. Little-endian::
 
@@ -15,15 +15,15 @@ the one that is meant.
 from __future__ import annotations
 
 import enum
-import socket
 import struct
 from collections.abc import Sequence
 
 import numpy as np
-import xxhash
+import numpy.typing as npt
 
 from kvpool.transport import BlockCopy
 from kvpool.transports.blocks import Budget
+from kvpool.transports.tcp_channel import Channel, receive_bytes
 
 MAGIC = b"BKVT"
 VERSION = 1
@@ -37,7 +37,7 @@ REQUEST = struct.Struct("<4sB32sIQIH")
 REPLY = struct.Struct("<4sBBH")
 CHECKSUM = struct.Struct("<Q")
 _COPY = np.dtype([("block", "<u4"), ("generation", "<u8")])
-_MAX_BUFFERS = 512
+_TLS_HANDSHAKE = b"\x16\x03"
 
 
 class Status(enum.IntEnum):
@@ -48,14 +48,8 @@ class Status(enum.IntEnum):
     LAYOUT = 2
     TOKEN = 3
     BAD_REQUEST = 4
-
-
-class ConnectionEnded(ConnectionError):
-    """The other side closed the connection in the middle, or before the first byte."""
-
-    def __init__(self, received: int) -> None:
-        super().__init__(f"the peer closed the connection after {received} bytes")
-        self.received = received
+    TLS = 5
+    """One side has TLS and the other has not; said in the clear, for that reason."""
 
 
 class BadFrame(Exception):
@@ -75,11 +69,10 @@ def pack_copies(copies: Sequence[BlockCopy]) -> bytes:
     return table.tobytes()
 
 
-def unpack_copies(data: bytes | bytearray) -> list[BlockCopy]:
-    """The inverse; destinations are the reader's business and are 0 here."""
+def unpack_copies(data: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Source blocks and generations, each ``[num_copies]``."""
     table = np.frombuffer(data, dtype=_COPY)
-    pairs = zip(table["block"].tolist(), table["generation"].tolist(), strict=True)
-    return [BlockCopy(src=block, generation=generation, dst=0) for block, generation in pairs]
+    return table["block"].astype(np.int64), table["generation"].astype(np.uint64)
 
 
 def copies_bytes(num_copies: int) -> int:
@@ -93,69 +86,17 @@ def pack_reply(status: Status, message: str = "") -> bytes:
     return REPLY.pack(MAGIC, VERSION, status, len(text)) + text
 
 
-def receive_reply(sock: socket.socket, budget: Budget) -> tuple[Status, str]:
+def receive_reply(channel: Channel, budget: Budget) -> tuple[Status, str]:
     """Read a reply. Raises BadFrame, ConnectionError, TimeoutError."""
-    magic, version, status, length = REPLY.unpack(receive_bytes(sock, REPLY.size, budget))
+    magic, version, status, length = REPLY.unpack(receive_bytes(channel, REPLY.size, budget))
     if magic != MAGIC or version != VERSION:
         raise BadFrame(f"the peer does not speak version {VERSION} of this protocol")
     if status not in Status._value2member_map_ or length > MAX_MESSAGE_BYTES:
         raise BadFrame(f"the peer sent a reply of status {status} and {length} bytes")
-    message = receive_bytes(sock, length, budget).decode(errors="replace")
+    message = receive_bytes(channel, length, budget).decode(errors="replace")
     return Status(status), message
 
 
-def receive_bytes(sock: socket.socket, count: int, budget: Budget) -> bytes:
-    """Exactly ``count`` bytes."""
-    data = bytearray(count)
-    receive_into(sock, [memoryview(data)], budget)
-    return bytes(data)
-
-
-def receive_into(sock: socket.socket, buffers: Sequence[memoryview], budget: Budget) -> None:
-    """Fill all buffers straight from the socket. Raises ConnectionError, TimeoutError."""
-    pending = [buffer for buffer in buffers if len(buffer)]
-    received = first = 0
-    while first < len(pending):
-        sock.settimeout(budget())
-        count = sock.recvmsg_into(pending[first : first + _MAX_BUFFERS])[0]
-        if count == 0:
-            raise ConnectionEnded(received)
-        received += count
-        first = _advance(pending, first, count)
-
-
-def discard(sock: socket.socket, count: int, budget: Budget) -> None:
-    """Read ``count`` bytes and forget them."""
-    while count:
-        size = min(count, 1 << 16)
-        receive_bytes(sock, size, budget)
-        count -= size
-
-
-def send_from(sock: socket.socket, buffers: Sequence[memoryview | bytes], budget: Budget) -> None:
-    """Send all buffers without joining them. Raises ConnectionError, TimeoutError."""
-    pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
-    first = 0
-    while first < len(pending):
-        sock.settimeout(budget())
-        first = _advance(pending, first, sock.sendmsg(pending[first : first + _MAX_BUFFERS]))
-
-
-def _advance(pending: list[memoryview], first: int, count: int) -> int:
-    """Drop ``count`` bytes off the front; returns the new first buffer."""
-    while count:
-        head = pending[first]
-        if count < len(head):
-            pending[first] = head[count:]
-            return first
-        count -= len(head)
-        first += 1
-    return first
-
-
-def checksum(buffers: Sequence[memoryview]) -> int:
-    """xxh3-64 over the buffers in order."""
-    digest = xxhash.xxh3_64()
-    for buffer in buffers:
-        digest.update(buffer)
-    return digest.intdigest()
+def is_tls_hello(start: bytes) -> bool:
+    """Whether the first bytes of a request are those of a TLS handshake."""
+    return start.startswith(_TLS_HANDSHAKE)

@@ -103,3 +103,9 @@ def test_context_longer_than_the_model(tmp_path: Path) -> None:
     path = tmp_path / "baton.yaml"
     path.write_text(f"model: {DEMO_MODEL}\nengine:\n  max_model_len: 10000000\n")
     _assert_one_sentence(_serve("--config", str(path)), ["max_model_len", "10000000"])
+
+
+def test_ranks_of_a_role_that_the_model_cannot_have(tmp_path: Path) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text(f"model: {DEMO_MODEL}\ndecode_engine:\n  tp: 4\n")
+    _assert_one_sentence(_serve("--config", str(path)), ["decode_engine: ", "tp=4"])

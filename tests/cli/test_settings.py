@@ -29,6 +29,22 @@ def test_good_settings() -> None:
     assert config.resources == {"prefill": {"node_a": 0.01}}
 
 
+def test_engines_by_role() -> None:
+    given = {
+        "engine": {"tp": 2, "num_blocks": 64},
+        "prefill_engine": {"tp": 1},
+        "decode_engine": {"dp": 3, "ep": 6},
+    }
+    config = parse_settings({"model": "m", **given}, source="test")
+    cuts = {role: config.engine_of(role) for role in ("prefill", "decode", "mixed")}
+    assert {role: (one.tp, one.ep, one.dp) for role, one in cuts.items()} == {
+        "prefill": (1, 1, 1),
+        "decode": (2, 6, 3),
+        "mixed": (2, 1, 1),
+    }
+    assert {one.num_blocks for one in cuts.values()} == {64}
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "baton.yaml"
     path.write_text("model: a\nprefill: 2\nengine:\n  num_blocks: 64\n")
@@ -70,6 +86,11 @@ BAD = [
         {"engine": {"max_num_seqs": 600, "max_num_batched_tokens": 512}},
         ["max_num_batched_tokens", "512", "600"],
     ),
+    ({"prefill_engine": {"tp": 0}}, ["prefill_engine", "tp must be positive", "0"]),
+    ({"prefill_engine": {"tp": "2"}}, ["prefill_engine.tp", "'2'", "integer"]),
+    ({"decode_engine": {"dtype": "bfloat16"}}, ["decode_engine.dtype", "one of tp, ep, dp"]),
+    ({"decode_engine": {"tp": 2, "ep": 3}}, ["decode_engine: ep must be 1 or tp * dp = 2", "3"]),
+    ({"engine": {"ep": 2, "dp": 2}, "prefill_engine": {"tp": 2}}, ["prefill_engine: ep must be"]),
     ({"controller": {"dead_after_s": 0.5}}, ["controller", "dead_after_s"]),
     ({"gateway": {"max_replays": "many"}}, ["gateway.max_replays", "'many'"]),
     ({"handoff": {"transport": "pigeon"}}, ["handoff.transport", "'pigeon'", "shm"]),

@@ -219,12 +219,20 @@ HELD_GAUGES = (
 )
 
 
+POOL_GAUGES = ("baton_pool_host_tickets", "baton_pool_host_holds")
+
+
 def held(cluster: Cluster) -> dict[str, float]:
-    """Everything that requests hold on any instance, by instance and gauge; zero when idle."""
+    """Everything that requests hold anywhere, by process and gauge; zero when idle."""
     found: dict[str, float] = {}
     for item in cluster.live_instances():
         values = metrics(item.metrics_address)
         found |= {f"{item.instance_id} {name}": values[name] for name in HELD_GAUGES}
+    with AdminClient(cluster.controller) as admin:
+        pools = [member for member in admin.status().members if member.kind == "pool"]
+    for member in pools:
+        values = metrics(member.http_address)
+        found |= {f"{member.member_id} {n}": values[n] for n in POOL_GAUGES if n in values}
     return found
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from baton.core.cluster import Role
 from controller.columns import Columns
 from controller.events import PlaceQuery
 from controller.policy import Choice, NoChoice, choose, mix64, paths
+from kvpool.layout import KVLayout
 from tests.controller.controller_helpers import NUM_BLOCKS, idle_load, make_info
 
 
@@ -122,6 +125,20 @@ def test_pairs_share_model_and_layout(change: dict[str, str]) -> None:
     assert isinstance(rows.decide(), NoChoice)
     assert paths(rows.columns.view) == (True, True, False)
     rows.add("d", "decode")
+    rows.columns.set_load(rows.row["d"], idle_load(num_running=9))
+    assert rows.choose() == ("p", "d")
+    assert paths(rows.columns.view) == (True, True, True)
+
+
+def test_layouts_may_differ_in_the_number_of_shards() -> None:
+    whole = KVLayout("bfloat16", block_size=16, num_layers=2, num_kv_heads=6, head_dim=8)
+    halves = dataclasses.replace(whole, num_kv_heads=3, num_shards=2)
+    fewer_heads = dataclasses.replace(whole, num_kv_heads=3)
+    rows = Rows()
+    rows.add("p", "prefill", layout=whole.text)
+    rows.add("other", "decode", layout=fewer_heads.text)
+    assert rows.decide() == NoChoice("no ready prefill and decode instance can exchange KV blocks")
+    rows.add("d", "decode", layout=halves.text)
     rows.columns.set_load(rows.row["d"], idle_load(num_running=9))
     assert rows.choose() == ("p", "d")
     assert paths(rows.columns.view) == (True, True, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from baton.core.cluster import Role
@@ -9,6 +11,7 @@ from baton.core.errors import Code
 from controller import events
 from controller.events import Command
 from controller.roles import SWITCH_TIMEOUT_S
+from kvpool.layout import KVLayout
 from tests.controller.controller_helpers import (
     Bench,
     directives,
@@ -133,6 +136,17 @@ def test_a_pair_must_stay_compatible() -> None:
     bench.join("d", "decode")
     bench.join("other", "mixed", fingerprint="x")
     bench.join("other2", "mixed", fingerprint="y")
+    _, commands = switch(bench, "other", "prefill")
+    assert not only(commands, events.CallFailed), "p and d still are a pair"
+
+
+def test_a_pair_may_differ_in_the_number_of_shards() -> None:
+    whole = KVLayout("bfloat16", block_size=16, num_layers=2, num_kv_heads=6, head_dim=8)
+    halves = dataclasses.replace(whole, num_kv_heads=3, num_shards=2)
+    bench = Bench()
+    bench.join("p", "prefill", layout=whole.text)
+    bench.join("d", "decode", layout=halves.text)
+    bench.join("other", "mixed", layout="x")
     _, commands = switch(bench, "other", "prefill")
     assert not only(commands, events.CallFailed), "p and d still are a pair"
 

@@ -1,71 +1,32 @@
 """Two engines under any order of events: no wrong token, no lost block, everything ends.
 
 Engine 0 takes prefill and whole parts, engine 1 decode and whole parts. The "KV" that a handoff
-copies is the simulated runners' memory.
+copies is the simulated runners' memory. A fetched prefix is written there by the test.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 
-import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.core.config import EngineConfig
 from baton.core.request import Part, SamplingParams, Submission
-from baton.engine.engine import Engine
-from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
-from baton.engine.plan import StepPlan, StepResult
+from baton.engine.events import (
+    CacheChanged,
+    Event,
+    Preempted,
+    PrefillProgress,
+    PrefixComplete,
+    Reserved,
+    TokensReady,
+)
 from baton.engine.states import SequenceState
 from tests.engine.expected import Expected
-from tests.engine.simulated_runner import SimulatedRunner, generate
-
-MAX_MODEL_LEN = 24
-SALT = b"salt"
-
-configs = st.builds(
-    lambda size, blocks, seqs, budget, asynchronous, cache: EngineConfig(
-        block_size=size,
-        num_blocks=blocks,
-        max_num_seqs=seqs,
-        max_num_batched_tokens=seqs + budget,
-        async_scheduling=asynchronous,
-        enable_prefix_cache=cache,
-    ),
-    size=st.just(2),
-    blocks=st.integers(5, 14),
-    seqs=st.integers(1, 4),
-    budget=st.integers(0, 6),
-    asynchronous=st.booleans(),
-    cache=st.booleans(),
-)
-
-
-@dataclasses.dataclass(eq=False)
-class Handoff:
-    submission: Submission
-    progress: PrefillProgress | None = None
-    first_token: int | None = None
-    reserved: Reserved | None = None
-    num_copied: int = 0
-
-
-class Node:
-    """An engine, its runner, and what is under way between them."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.generations = np.zeros(config.kv_blocks, dtype=np.uint64)
-        self.engine = Engine(
-            config, max_model_len=MAX_MODEL_LEN, salt=SALT, generations=self.generations
-        )
-        self.config = config
-        self.runner = SimulatedRunner(config.block_size)
-        self.planned: deque[StepPlan] = deque()
-        self.executed: deque[tuple[StepPlan, StepResult]] = deque()
-        self.expected: dict[str, Expected] = {}
+from tests.engine.machine_nodes import Handoff, Node, configs
+from tests.engine.simulated_runner import generate
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -73,6 +34,8 @@ class EngineMachine(RuleBasedStateMachine):
     def build(self, first: EngineConfig, second: EngineConfig) -> None:
         self.nodes = [Node(first), Node(second)]
         self.handoffs: dict[str, Handoff] = {}
+        self.fetches: dict[tuple[int, str], Reserved | None] = {}
+        """By node and request: whose prefix is being fetched, and the blocks for it."""
         self.count = 0
 
     # Submissions.
@@ -89,6 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
         logprobs=st.sampled_from([None, None, None, 0]),
         priority=st.integers(0, 1),
         tenant=st.sampled_from(["", "", "a"]),
+        fetch=st.sampled_from([False, False, True]),
     )
     def submit(
         self,
@@ -103,6 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
         logprobs: int | None,
         priority: int,
         tenant: str,
+        fetch: bool,
     ) -> None:
         prompt = (stem, *range(1, stem_tokens + 1), *own)
         sampling = SamplingParams(
@@ -132,16 +97,22 @@ class EngineMachine(RuleBasedStateMachine):
             return
         if kind == "handoff":
             self.handoffs[submission.request_id] = Handoff(submission)
-            self._enter(0, submission, Part.PREFILL)
+            self._enter(0, submission, Part.PREFILL, fetch=fetch)
             self._enter(1, submission, Part.DECODE)
         else:
-            self._enter(int(kind[-1]), submission, Part.WHOLE)
+            self._enter(int(kind[-1]), submission, Part.WHOLE, fetch=fetch)
 
-    def _enter(self, index: int, submission: Submission, part: Part) -> None:
+    def _enter(
+        self, index: int, submission: Submission, part: Part, *, fetch: bool = False
+    ) -> None:
         node = self.nodes[index]
         limit = node.engine.max_model_len
         node.expected[submission.request_id] = Expected.of(submission, part, limit)
-        node.engine.submit(submission, part, 0.0)
+        # As an instance does: nobody is asked for a prefix of no blocks.
+        keys = node.engine.prefix_keys(submission) if fetch else []
+        if keys:
+            self.fetches[index, submission.request_id] = None
+        node.engine.submit(submission, part, 0.0, keys=keys, fetch=bool(keys))
 
     # Steps.
 
@@ -223,6 +194,33 @@ class EngineMachine(RuleBasedStateMachine):
         names = list(self.handoffs)
         self._pull(names[which % len(names)], fails)
 
+    @precondition(lambda self: self.fetches)
+    @rule(which=st.integers(0, 20), num_found=st.integers(0, 8))
+    def fetched(self, which: int, num_found: int) -> None:
+        """The pool had so many blocks, and they are here if there was room for them."""
+        index, request_id = list(self.fetches)[which % len(self.fetches)]
+        self._end_fetch(index, request_id, num_found)
+
+    def _end_fetch(self, index: int, request_id: str, num_found: int) -> None:
+        node, reserved = self.nodes[index], self.fetches.pop((index, request_id))
+        state = node.engine.state_of(request_id)
+        if state is None:
+            assert not node.engine.fetched(request_id, 0)
+            return
+        waits = SequenceState.PENDING_BLOCKS if reserved is None else SequenceState.PENDING_KV
+        assert state is waits
+        num_valid = 0
+        if reserved is not None:
+            expected = node.expected[request_id].submission
+            tokens = (*expected.prompt_ids, *expected.output_ids)
+            num_keys = len(node.engine.prefix_keys(expected))
+            num_valid = min(num_found, num_keys) * node.config.block_size
+            for position in range(reserved.num_cached_tokens, num_valid):
+                node.runner.write(reserved.blocks, position, tokens[position])
+        assert node.engine.fetched(request_id, num_valid)
+        assert not node.engine.fetched(request_id, num_valid)
+        assert not node.engine.kv_failed(request_id, 0, None)
+
     def _pull(self, request_id: str, fails: bool) -> bool:
         """Copy what prefill has published; whether anything happened."""
         handoff = self.handoffs[request_id]
@@ -273,6 +271,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _take_in(self, node: Node, events: list[Event]) -> None:
         for event in events:
+            if isinstance(event, CacheChanged):
+                for entered, key in event.changes:
+                    assert (key in node.told) is not entered
+                    (node.told.add if entered else node.told.remove)(key)
+                continue
             expected = node.expected.get(event.request_id)
             handoff = self.handoffs.get(event.request_id)
             assert expected is not None, f"{event} of a sequence that has ended"
@@ -298,10 +301,18 @@ class EngineMachine(RuleBasedStateMachine):
                 assert list(event.generations) == current
                 if handoff:
                     handoff.progress = event
+            elif isinstance(event, PrefixComplete):
+                assert list(event.generations) == [int(node.generations[b]) for b in event.blocks]
+                assert 0 < len(event.keys) == len(event.blocks)
+                keys = node.engine.prefix_keys(expected.submission)
+                assert event.keys[: len(keys)] == tuple(keys[: len(event.keys)])
             elif isinstance(event, Reserved):
                 assert event.num_cached_tokens % node.config.block_size == 0
                 assert len(event.blocks) == -(-expected.submission.num_tokens // 2)
-                if handoff:
+                name = (self.nodes.index(node), event.request_id)
+                if name in self.fetches:
+                    self.fetches[name] = event
+                elif handoff:
                     handoff.reserved = event
 
     @invariant()
@@ -328,6 +339,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.execute(index, decline=1)
                 self.commit(index)
             self.admit(index)
+            assert node.told == set(node.engine.cached_keys())
             assert node.engine.request_ids() == []
             assert node.engine.schedule(0.0) is None
             assert all(expected.done for expected in node.expected.values())
@@ -345,6 +357,9 @@ class EngineMachine(RuleBasedStateMachine):
             moved = moved or before > 0 or bool(node.planned)
             self.execute(index, decline=1)
             self.commit(index)
+        for index, request_id in list(self.fetches):
+            self._end_fetch(index, request_id, num_found=1)
+            moved = True
         for request_id in list(self.handoffs):
             moved = self._pull(request_id, fails=False) or moved
         source = self.nodes[0].engine

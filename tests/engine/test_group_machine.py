@@ -16,7 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from baton.core.config import EngineConfig
 from baton.core.request import Part, SamplingParams, Submission
-from baton.engine.events import Event, Preempted, PrefillProgress, Reserved, TokensReady
+from baton.engine.events import (
+    CacheChanged,
+    Event,
+    Preempted,
+    PrefillProgress,
+    Reserved,
+    TokensReady,
+)
 from baton.engine.group import EngineGroup
 from baton.engine.plan import GroupPlan, GroupResult
 from baton.engine.states import SequenceState
@@ -232,6 +239,7 @@ class GroupMachine(RuleBasedStateMachine):
     def _take_in(self, events: list[Event]) -> None:
         size = self.config.kv_blocks
         for event in events:
+            assert not isinstance(event, CacheChanged), "nobody asked for these"
             expected = self.expected.get(event.request_id)
             assert expected is not None, f"{event} of a sequence that has ended"
             submission = expected.submission

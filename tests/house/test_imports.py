@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "prefill_worker",
         "decode_worker",
     ),
-    "controller": ("baton.core", "protos", "kvpool.index"),
+    "controller": ("baton.core", "protos", "kvpool.index", "kvpool.layout", "kvpool.tiers"),
     "baton.gateway": ("baton.core", "protos"),
     "baton.client": ("baton.core", "protos"),
     "baton.cli": (
@@ -53,7 +53,13 @@ OURS = ("baton", "protos", "kvpool", "prefill_worker", "decode_worker", "control
 # Library: the files that may import it, as patterns of module names.
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": ("*.*actor*", "*.launcher*", "baton.cli.*"),
-    "torch": ("baton.engine.*", "prefill_worker.*", "decode_worker.*", "baton.instance.*"),
+    "torch": (
+        "baton.engine.*",
+        "prefill_worker.*",
+        "decode_worker.*",
+        "baton.instance.*",
+        "kvpool.transports.collective_group",
+    ),
     "torch_npu": ("baton.engine.*npu*",),
     "transformers": ("baton.gateway.tokenizer",),
     "safetensors": ("baton.engine.*",),

@@ -25,6 +25,8 @@ from baton.core.request import FinishReason, Part, SamplingParams, Submission, T
 from baton.engine.engine import Engine
 from baton.engine.plan import StepPlan, StepResult
 from baton.instance.assembly import InstanceParts, assemble
+from baton.instance.instance import Instance
+from baton.instance.pool_side import PoolSide
 from baton.instance.roles import RoleSwitch
 from baton.instance.service import InstanceService
 from kvpool.arena import BlockArena
@@ -100,6 +102,8 @@ class Node:
         arena: BlockArena | None = None,
         layout: str = "toy",
         incarnation: int = 1,
+        pool: Callable[[Instance, BlockArena], PoolSide] | None = None,
+        spill_after_s: float = 1.0,
     ) -> None:
         self.arena = arena or BlockArena.private(config.kv_blocks, config.block_size * 4, layout)
         self.engine = Engine(
@@ -107,6 +111,7 @@ class Node:
             max_model_len=MAX_MODEL_LEN,
             salt=b"toy",
             generations=self.arena.generations,
+            track_cache=pool is not None,
         )
         self.runner = ArenaRunner(config.block_size, self.arena)
         self.transports = TransportSet(transports or [FaultyTransport(LoopbackTransport(), script)])
@@ -123,6 +128,8 @@ class Node:
             clock=SystemClock(),
             vocab_size=VOCABULARY,
             on_empty=self._on_empty,
+            pool=None if pool is None else lambda instance: pool(instance, self.arena),
+            spill_after_s=spill_after_s,
         )
         self.instance = self.parts.instance
         self.instance.incarnation = incarnation
@@ -141,6 +148,8 @@ class Node:
         await server.start()
         self.target = dataclasses.replace(self.target, address=f"127.0.0.1:{port}")
         self._task = asyncio.create_task(self.parts.loop.run())
+        if self.parts.pool is not None:
+            self.parts.pool.start()
         return self
 
     async def kill(self) -> None:

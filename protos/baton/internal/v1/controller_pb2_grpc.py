@@ -59,6 +59,16 @@ class ControllerStub:
                 request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.OutcomeBatch.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.OutcomeReply.FromString,
                 _registered_method=True)
+        self.ReportBlocks = channel.unary_unary(
+                '/baton.internal.v1.Controller/ReportBlocks',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.BlockReport.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.BlockReportReply.FromString,
+                _registered_method=True)
+        self.LocateBlocks = channel.unary_unary(
+                '/baton.internal.v1.Controller/LocateBlocks',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.LocateBlocksRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.LocateBlocksReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer:
@@ -98,6 +108,19 @@ class ControllerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportBlocks(self, request, context):
+        """Holders of KV blocks (instances, pool nodes) tell what they have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LocateBlocks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +148,16 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.ReportOutcomes,
                     request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.OutcomeBatch.FromString,
                     response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.OutcomeReply.SerializeToString,
+            ),
+            'ReportBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportBlocks,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.BlockReport.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.BlockReportReply.SerializeToString,
+            ),
+            'LocateBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.LocateBlocks,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.LocateBlocksRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.LocateBlocksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +295,60 @@ class Controller:
             '/baton.internal.v1.Controller/ReportOutcomes',
             protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.OutcomeBatch.SerializeToString,
             protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.OutcomeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.Controller/ReportBlocks',
+            protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.BlockReport.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.BlockReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LocateBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.Controller/LocateBlocks',
+            protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.LocateBlocksRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_controller__pb2.LocateBlocksReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,9 @@ class ControllerStub:
     Place: _grpc.UnaryStreamMultiCallable[_controller_pb2.PlaceBatch, _controller_pb2.PlaceBatchReply]
     """Each request is answered as soon as it is decided: one that must queue holds up no other."""
     ReportOutcomes: _grpc.UnaryUnaryMultiCallable[_controller_pb2.OutcomeBatch, _controller_pb2.OutcomeReply]
+    ReportBlocks: _grpc.UnaryUnaryMultiCallable[_controller_pb2.BlockReport, _controller_pb2.BlockReportReply]
+    """Holders of KV blocks (instances, pool nodes) tell what they have."""
+    LocateBlocks: _grpc.UnaryUnaryMultiCallable[_controller_pb2.LocateBlocksRequest, _controller_pb2.LocateBlocksReply]
 
 @_typing.type_check_only
 class ControllerAsyncStub(ControllerStub):
@@ -53,6 +56,9 @@ class ControllerAsyncStub(ControllerStub):
     Place: _aio.UnaryStreamMultiCallable[_controller_pb2.PlaceBatch, _controller_pb2.PlaceBatchReply]  # type: ignore[assignment]
     """Each request is answered as soon as it is decided: one that must queue holds up no other."""
     ReportOutcomes: _aio.UnaryUnaryMultiCallable[_controller_pb2.OutcomeBatch, _controller_pb2.OutcomeReply]  # type: ignore[assignment]
+    ReportBlocks: _aio.UnaryUnaryMultiCallable[_controller_pb2.BlockReport, _controller_pb2.BlockReportReply]  # type: ignore[assignment]
+    """Holders of KV blocks (instances, pool nodes) tell what they have."""
+    LocateBlocks: _aio.UnaryUnaryMultiCallable[_controller_pb2.LocateBlocksRequest, _controller_pb2.LocateBlocksReply]  # type: ignore[assignment]
 
 class ControllerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -93,5 +99,20 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_pb2.OutcomeBatch,
         context: _ServicerContext,
     ) -> _typing.Union[_controller_pb2.OutcomeReply, _abc.Awaitable[_controller_pb2.OutcomeReply]]: ...
+
+    @_abc_1.abstractmethod
+    def ReportBlocks(
+        self,
+        request: _controller_pb2.BlockReport,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.BlockReportReply, _abc.Awaitable[_controller_pb2.BlockReportReply]]:
+        """Holders of KV blocks (instances, pool nodes) tell what they have."""
+
+    @_abc_1.abstractmethod
+    def LocateBlocks(
+        self,
+        request: _controller_pb2.LocateBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.LocateBlocksReply, _abc.Awaitable[_controller_pb2.LocateBlocksReply]]: ...
 
 def add_ControllerServicer_to_server(servicer: ControllerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -402,6 +402,28 @@ class StageRecord(_message.Message):
 Global___StageRecord: _TypeAlias = StageRecord  # noqa: Y015
 
 @_typing.final
+class TierTokens(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    num_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierTokens: _TypeAlias = TierTokens  # noqa: Y015
+
+@_typing.final
 class TokenRecord(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -417,6 +439,7 @@ class TokenRecord(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    CACHED_BY_TIER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     index: _builtins.int
@@ -433,6 +456,8 @@ class TokenRecord(_message.Message):
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobsRecord]: ...
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageRecord]: ...
+    @_builtins.property
+    def cached_by_tier(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierTokens]: ...
     def __init__(
         self,
         *,
@@ -448,10 +473,11 @@ class TokenRecord(_message.Message):
         num_cached_tokens: _builtins.int | None = ...,
         prompt_logprobs: _abc.Iterable[Global___TokenLogprobsRecord] | None = ...,
         stages: _abc.Iterable[Global___StageRecord] | None = ...,
+        cached_by_tier: _abc.Iterable[Global___TierTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "num_cached_tokens", b"num_cached_tokens", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "attempt", b"attempt", "error_code", b"error_code", "error_message", b"error_message", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stages", b"stages", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "attempt", b"attempt", "cached_by_tier", b"cached_by_tier", "error_code", b"error_code", "error_message", b"error_message", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stages", b"stages", "stop_token_id", b"stop_token_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_cached_tokens: _TypeAlias = _typing.Literal["num_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__num_cached_tokens: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]  # noqa: Y015
@@ -697,6 +723,7 @@ class ChunkReady(_message.Message):
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     FINAL_FIELD_NUMBER: _builtins.int
     FIRST_OUTPUT_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     first_block: _builtins.int
@@ -711,6 +738,10 @@ class ChunkReady(_message.Message):
     def first_output(self) -> Global___TokenRecord:
         """with final: the token that prefill drew"""
 
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointRecord]:
+        """Where these blocks are pulled from, if not from where the welcome said."""
+
     def __init__(
         self,
         *,
@@ -722,10 +753,11 @@ class ChunkReady(_message.Message):
         num_computed_tokens: _builtins.int = ...,
         final: _builtins.bool = ...,
         first_output: Global___TokenRecord | None = ...,
+        endpoints: _abc.Iterable[Global___EndpointRecord] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_output", b"first_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "blocks", b"blocks", "final", b"final", "first_block", b"first_block", "first_output", b"first_output", "generations", b"generations", "num_computed_tokens", b"num_computed_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "blocks", b"blocks", "endpoints", b"endpoints", "final", b"final", "first_block", b"first_block", "first_output", b"first_output", "generations", b"generations", "num_computed_tokens", b"num_computed_tokens", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

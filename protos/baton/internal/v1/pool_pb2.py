@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/baton/internal/v1/pool.proto\x12\x11\x62\x61ton.internal.v1\"\x80\x01\n\x14\x41llocateArenaRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06layout\x18\x06 \x01(\t\"1\n\x12\x41llocateArenaReply\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"9\n\x13ReleaseArenaRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\"\x13\n\x11ReleaseArenaReply\"\x16\n\x14GetPoolStatusRequest\"o\n\x0b\x41renaStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06layout\x18\x06 \x01(\t\"<\n\nPoolStatus\x12.\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x1e.baton.internal.v1.ArenaStatus2\xa2\x02\n\x08PoolNode\x12_\n\rAllocateArena\x12\'.baton.internal.v1.AllocateArenaRequest\x1a%.baton.internal.v1.AllocateArenaReply\x12\\\n\x0cReleaseArena\x12&.baton.internal.v1.ReleaseArenaRequest\x1a$.baton.internal.v1.ReleaseArenaReply\x12W\n\rGetPoolStatus\x12\'.baton.internal.v1.GetPoolStatusRequest\x1a\x1d.baton.internal.v1.PoolStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/baton/internal/v1/pool.proto\x12\x11\x62\x61ton.internal.v1\"\x80\x01\n\x14\x41llocateArenaRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06layout\x18\x06 \x01(\t\"1\n\x12\x41llocateArenaReply\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"9\n\x13ReleaseArenaRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\"\x13\n\x11ReleaseArenaReply\"$\n\x14GetPoolStatusRequest\x12\x0c\n\x04\x64ump\x18\x01 \x01(\x08\"o\n\x0b\x41renaStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06layout\x18\x06 \x01(\t\"A\n\tPrefixUse\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x13\n\x0bnum_lookups\x18\x03 \x01(\r\"\xeb\x01\n\nPoolStatus\x12.\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x1e.baton.internal.v1.ArenaStatus\x12;\n\x07numbers\x18\x02 \x03(\x0b\x32*.baton.internal.v1.PoolStatus.NumbersEntry\x12\x0c\n\x04\x64ump\x18\x03 \x01(\t\x12\x32\n\x0ctop_prefixes\x18\x04 \x03(\x0b\x32\x1c.baton.internal.v1.PrefixUse\x1a.\n\x0cNumbersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x14\n\x12GetHostTierRequest\"Q\n\x0c\x45ndpointInfo\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x0e\n\x06layout\x18\x04 \x01(\t\"\xa3\x01\n\x08HostTier\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x12\n\nslot_bytes\x18\x06 \x01(\x04\x12\x32\n\tendpoints\x18\x07 \x03(\x0b\x32\x1f.baton.internal.v1.EndpointInfo\"_\n\x0b\x42lockRecord\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\r\n\x05\x64\x65pth\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x10\n\x08priority\x18\x05 \x01(\x11\"y\n\x14ReserveBlocksRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12.\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1e.baton.internal.v1.BlockRecord\x12\x11\n\ttransient\x18\x03 \x01(\x08\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\"O\n\nBlockGrant\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07skipped\x18\x04 \x01(\t\"C\n\x12ReserveBlocksReply\x12-\n\x06grants\x18\x01 \x03(\x0b\x32\x1d.baton.internal.v1.BlockGrant\"/\n\x0b\x46illedBlock\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06\"Y\n\x14PublishBlocksRequest\x12.\n\x06\x66illed\x18\x01 \x03(\x0b\x32\x1e.baton.internal.v1.FilledBlock\x12\x11\n\tabandoned\x18\x02 \x03(\x04\"\'\n\x12PublishBlocksReply\x12\x11\n\tpublished\x18\x01 \x03(\x08\"v\n\x11HoldPrefixRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\x0c\x12\x0c\n\x04skip\x18\x03 \x01(\r\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\x12\x12\n\nlocal_only\x18\x06 \x01(\x08\"s\n\tHeldBlock\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\x11\"P\n\x0fHoldPrefixReply\x12\x0f\n\x07hold_id\x18\x01 \x01(\x04\x12,\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1c.baton.internal.v1.HeldBlock\"6\n\x11RenewHoldsRequest\x12\x10\n\x08hold_ids\x18\x01 \x03(\x04\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"\x11\n\x0fRenewHoldsReply\"\'\n\x13ReleaseHoldsRequest\x12\x10\n\x08hold_ids\x18\x01 \x03(\x04\"\x13\n\x11ReleaseHoldsReply2\xc5\x06\n\x08PoolNode\x12_\n\rAllocateArena\x12\'.baton.internal.v1.AllocateArenaRequest\x1a%.baton.internal.v1.AllocateArenaReply\x12\\\n\x0cReleaseArena\x12&.baton.internal.v1.ReleaseArenaRequest\x1a$.baton.internal.v1.ReleaseArenaReply\x12W\n\rGetPoolStatus\x12\'.baton.internal.v1.GetPoolStatusRequest\x1a\x1d.baton.internal.v1.PoolStatus\x12Q\n\x0bGetHostTier\x12%.baton.internal.v1.GetHostTierRequest\x1a\x1b.baton.internal.v1.HostTier\x12_\n\rReserveBlocks\x12\'.baton.internal.v1.ReserveBlocksRequest\x1a%.baton.internal.v1.ReserveBlocksReply\x12_\n\rPublishBlocks\x12\'.baton.internal.v1.PublishBlocksRequest\x1a%.baton.internal.v1.PublishBlocksReply\x12V\n\nHoldPrefix\x12$.baton.internal.v1.HoldPrefixRequest\x1a\".baton.internal.v1.HoldPrefixReply\x12V\n\nRenewHolds\x12$.baton.internal.v1.RenewHoldsRequest\x1a\".baton.internal.v1.RenewHoldsReply\x12\\\n\x0cReleaseHolds\x12&.baton.internal.v1.ReleaseHoldsRequest\x1a$.baton.internal.v1.ReleaseHoldsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.internal.v1.pool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_POOLSTATUS_NUMBERSENTRY']._loaded_options = None
+  _globals['_POOLSTATUS_NUMBERSENTRY']._serialized_options = b'8\001'
   _globals['_ALLOCATEARENAREQUEST']._serialized_start=59
   _globals['_ALLOCATEARENAREQUEST']._serialized_end=187
   _globals['_ALLOCATEARENAREPLY']._serialized_start=189
@@ -40,11 +42,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASEARENAREPLY']._serialized_start=299
   _globals['_RELEASEARENAREPLY']._serialized_end=318
   _globals['_GETPOOLSTATUSREQUEST']._serialized_start=320
-  _globals['_GETPOOLSTATUSREQUEST']._serialized_end=342
-  _globals['_ARENASTATUS']._serialized_start=344
-  _globals['_ARENASTATUS']._serialized_end=455
-  _globals['_POOLSTATUS']._serialized_start=457
-  _globals['_POOLSTATUS']._serialized_end=517
-  _globals['_POOLNODE']._serialized_start=520
-  _globals['_POOLNODE']._serialized_end=810
+  _globals['_GETPOOLSTATUSREQUEST']._serialized_end=356
+  _globals['_ARENASTATUS']._serialized_start=358
+  _globals['_ARENASTATUS']._serialized_end=469
+  _globals['_PREFIXUSE']._serialized_start=471
+  _globals['_PREFIXUSE']._serialized_end=536
+  _globals['_POOLSTATUS']._serialized_start=539
+  _globals['_POOLSTATUS']._serialized_end=774
+  _globals['_POOLSTATUS_NUMBERSENTRY']._serialized_start=728
+  _globals['_POOLSTATUS_NUMBERSENTRY']._serialized_end=774
+  _globals['_GETHOSTTIERREQUEST']._serialized_start=776
+  _globals['_GETHOSTTIERREQUEST']._serialized_end=796
+  _globals['_ENDPOINTINFO']._serialized_start=798
+  _globals['_ENDPOINTINFO']._serialized_end=879
+  _globals['_HOSTTIER']._serialized_start=882
+  _globals['_HOSTTIER']._serialized_end=1045
+  _globals['_BLOCKRECORD']._serialized_start=1047
+  _globals['_BLOCKRECORD']._serialized_end=1142
+  _globals['_RESERVEBLOCKSREQUEST']._serialized_start=1144
+  _globals['_RESERVEBLOCKSREQUEST']._serialized_end=1265
+  _globals['_BLOCKGRANT']._serialized_start=1267
+  _globals['_BLOCKGRANT']._serialized_end=1346
+  _globals['_RESERVEBLOCKSREPLY']._serialized_start=1348
+  _globals['_RESERVEBLOCKSREPLY']._serialized_end=1415
+  _globals['_FILLEDBLOCK']._serialized_start=1417
+  _globals['_FILLEDBLOCK']._serialized_end=1464
+  _globals['_PUBLISHBLOCKSREQUEST']._serialized_start=1466
+  _globals['_PUBLISHBLOCKSREQUEST']._serialized_end=1555
+  _globals['_PUBLISHBLOCKSREPLY']._serialized_start=1557
+  _globals['_PUBLISHBLOCKSREPLY']._serialized_end=1596
+  _globals['_HOLDPREFIXREQUEST']._serialized_start=1598
+  _globals['_HOLDPREFIXREQUEST']._serialized_end=1716
+  _globals['_HELDBLOCK']._serialized_start=1718
+  _globals['_HELDBLOCK']._serialized_end=1833
+  _globals['_HOLDPREFIXREPLY']._serialized_start=1835
+  _globals['_HOLDPREFIXREPLY']._serialized_end=1915
+  _globals['_RENEWHOLDSREQUEST']._serialized_start=1917
+  _globals['_RENEWHOLDSREQUEST']._serialized_end=1971
+  _globals['_RENEWHOLDSREPLY']._serialized_start=1973
+  _globals['_RENEWHOLDSREPLY']._serialized_end=1990
+  _globals['_RELEASEHOLDSREQUEST']._serialized_start=1992
+  _globals['_RELEASEHOLDSREQUEST']._serialized_end=2031
+  _globals['_RELEASEHOLDSREPLY']._serialized_start=2033
+  _globals['_RELEASEHOLDSREPLY']._serialized_end=2052
+  _globals['_POOLNODE']._serialized_start=2055
+  _globals['_POOLNODE']._serialized_end=2892
 # @@protoc_insertion_point(module_scope)

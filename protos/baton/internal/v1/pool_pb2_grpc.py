@@ -49,6 +49,36 @@ class PoolNodeStub:
                 request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.GetPoolStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PoolStatus.FromString,
                 _registered_method=True)
+        self.GetHostTier = channel.unary_unary(
+                '/baton.internal.v1.PoolNode/GetHostTier',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.GetHostTierRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HostTier.FromString,
+                _registered_method=True)
+        self.ReserveBlocks = channel.unary_unary(
+                '/baton.internal.v1.PoolNode/ReserveBlocks',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReserveBlocksRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReserveBlocksReply.FromString,
+                _registered_method=True)
+        self.PublishBlocks = channel.unary_unary(
+                '/baton.internal.v1.PoolNode/PublishBlocks',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PublishBlocksRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PublishBlocksReply.FromString,
+                _registered_method=True)
+        self.HoldPrefix = channel.unary_unary(
+                '/baton.internal.v1.PoolNode/HoldPrefix',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HoldPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HoldPrefixReply.FromString,
+                _registered_method=True)
+        self.RenewHolds = channel.unary_unary(
+                '/baton.internal.v1.PoolNode/RenewHolds',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.RenewHoldsRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.RenewHoldsReply.FromString,
+                _registered_method=True)
+        self.ReleaseHolds = channel.unary_unary(
+                '/baton.internal.v1.PoolNode/ReleaseHolds',
+                request_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReleaseHoldsRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReleaseHoldsReply.FromString,
+                _registered_method=True)
 
 
 class PoolNodeServicer:
@@ -73,6 +103,44 @@ class PoolNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHostTier(self, request, context):
+        """The host tier. Its slots are read and written by those who map it; here is who may do so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReserveBlocks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishBlocks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldPrefix(self, request, context):
+        """The longest prefix that the pool has, brought to the host tier, and kept there until released.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewHolds(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseHolds(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolNodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +158,36 @@ def add_PoolNodeServicer_to_server(servicer, server):
                     servicer.GetPoolStatus,
                     request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.GetPoolStatusRequest.FromString,
                     response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PoolStatus.SerializeToString,
+            ),
+            'GetHostTier': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHostTier,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.GetHostTierRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HostTier.SerializeToString,
+            ),
+            'ReserveBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReserveBlocks,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReserveBlocksRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReserveBlocksReply.SerializeToString,
+            ),
+            'PublishBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishBlocks,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PublishBlocksRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PublishBlocksReply.SerializeToString,
+            ),
+            'HoldPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldPrefix,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HoldPrefixRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HoldPrefixReply.SerializeToString,
+            ),
+            'RenewHolds': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewHolds,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.RenewHoldsRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.RenewHoldsReply.SerializeToString,
+            ),
+            'ReleaseHolds': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseHolds,
+                    request_deserializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReleaseHoldsRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReleaseHoldsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +271,168 @@ class PoolNode:
             '/baton.internal.v1.PoolNode/GetPoolStatus',
             protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.GetPoolStatusRequest.SerializeToString,
             protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PoolStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHostTier(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.PoolNode/GetHostTier',
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.GetHostTierRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HostTier.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReserveBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.PoolNode/ReserveBlocks',
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReserveBlocksRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReserveBlocksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.PoolNode/PublishBlocks',
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PublishBlocksRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.PublishBlocksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.PoolNode/HoldPrefix',
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HoldPrefixRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.HoldPrefixReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewHolds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.PoolNode/RenewHolds',
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.RenewHoldsRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.RenewHoldsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseHolds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.internal.v1.PoolNode/ReleaseHolds',
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReleaseHoldsRequest.SerializeToString,
+            protos_dot_baton_dot_internal_dot_v1_dot_pool__pb2.ReleaseHoldsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,14 @@ class PoolNodeStub:
     """Makes a shared-memory arena for one life of an instance and returns its path."""
     ReleaseArena: _grpc.UnaryUnaryMultiCallable[_pool_pb2.ReleaseArenaRequest, _pool_pb2.ReleaseArenaReply]
     GetPoolStatus: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetPoolStatusRequest, _pool_pb2.PoolStatus]
+    GetHostTier: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetHostTierRequest, _pool_pb2.HostTier]
+    """The host tier. Its slots are read and written by those who map it; here is who may do so."""
+    ReserveBlocks: _grpc.UnaryUnaryMultiCallable[_pool_pb2.ReserveBlocksRequest, _pool_pb2.ReserveBlocksReply]
+    PublishBlocks: _grpc.UnaryUnaryMultiCallable[_pool_pb2.PublishBlocksRequest, _pool_pb2.PublishBlocksReply]
+    HoldPrefix: _grpc.UnaryUnaryMultiCallable[_pool_pb2.HoldPrefixRequest, _pool_pb2.HoldPrefixReply]
+    """The longest prefix that the pool has, brought to the host tier, and kept there until released."""
+    RenewHolds: _grpc.UnaryUnaryMultiCallable[_pool_pb2.RenewHoldsRequest, _pool_pb2.RenewHoldsReply]
+    ReleaseHolds: _grpc.UnaryUnaryMultiCallable[_pool_pb2.ReleaseHoldsRequest, _pool_pb2.ReleaseHoldsReply]
 
 @_typing.type_check_only
 class PoolNodeAsyncStub(PoolNodeStub):
@@ -43,6 +51,14 @@ class PoolNodeAsyncStub(PoolNodeStub):
     """Makes a shared-memory arena for one life of an instance and returns its path."""
     ReleaseArena: _aio.UnaryUnaryMultiCallable[_pool_pb2.ReleaseArenaRequest, _pool_pb2.ReleaseArenaReply]  # type: ignore[assignment]
     GetPoolStatus: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetPoolStatusRequest, _pool_pb2.PoolStatus]  # type: ignore[assignment]
+    GetHostTier: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetHostTierRequest, _pool_pb2.HostTier]  # type: ignore[assignment]
+    """The host tier. Its slots are read and written by those who map it; here is who may do so."""
+    ReserveBlocks: _aio.UnaryUnaryMultiCallable[_pool_pb2.ReserveBlocksRequest, _pool_pb2.ReserveBlocksReply]  # type: ignore[assignment]
+    PublishBlocks: _aio.UnaryUnaryMultiCallable[_pool_pb2.PublishBlocksRequest, _pool_pb2.PublishBlocksReply]  # type: ignore[assignment]
+    HoldPrefix: _aio.UnaryUnaryMultiCallable[_pool_pb2.HoldPrefixRequest, _pool_pb2.HoldPrefixReply]  # type: ignore[assignment]
+    """The longest prefix that the pool has, brought to the host tier, and kept there until released."""
+    RenewHolds: _aio.UnaryUnaryMultiCallable[_pool_pb2.RenewHoldsRequest, _pool_pb2.RenewHoldsReply]  # type: ignore[assignment]
+    ReleaseHolds: _aio.UnaryUnaryMultiCallable[_pool_pb2.ReleaseHoldsRequest, _pool_pb2.ReleaseHoldsReply]  # type: ignore[assignment]
 
 class PoolNodeServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -66,5 +82,49 @@ class PoolNodeServicer(metaclass=_abc_1.ABCMeta):
         request: _pool_pb2.GetPoolStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pool_pb2.PoolStatus, _abc.Awaitable[_pool_pb2.PoolStatus]]: ...
+
+    @_abc_1.abstractmethod
+    def GetHostTier(
+        self,
+        request: _pool_pb2.GetHostTierRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.HostTier, _abc.Awaitable[_pool_pb2.HostTier]]:
+        """The host tier. Its slots are read and written by those who map it; here is who may do so."""
+
+    @_abc_1.abstractmethod
+    def ReserveBlocks(
+        self,
+        request: _pool_pb2.ReserveBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.ReserveBlocksReply, _abc.Awaitable[_pool_pb2.ReserveBlocksReply]]: ...
+
+    @_abc_1.abstractmethod
+    def PublishBlocks(
+        self,
+        request: _pool_pb2.PublishBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.PublishBlocksReply, _abc.Awaitable[_pool_pb2.PublishBlocksReply]]: ...
+
+    @_abc_1.abstractmethod
+    def HoldPrefix(
+        self,
+        request: _pool_pb2.HoldPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.HoldPrefixReply, _abc.Awaitable[_pool_pb2.HoldPrefixReply]]:
+        """The longest prefix that the pool has, brought to the host tier, and kept there until released."""
+
+    @_abc_1.abstractmethod
+    def RenewHolds(
+        self,
+        request: _pool_pb2.RenewHoldsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.RenewHoldsReply, _abc.Awaitable[_pool_pb2.RenewHoldsReply]]: ...
+
+    @_abc_1.abstractmethod
+    def ReleaseHolds(
+        self,
+        request: _pool_pb2.ReleaseHoldsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.ReleaseHoldsReply, _abc.Awaitable[_pool_pb2.ReleaseHoldsReply]]: ...
 
 def add_PoolNodeServicer_to_server(servicer: PoolNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

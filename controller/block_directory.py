@@ -1,0 +1,74 @@
+"""Who has which KV block, as far as the holders have told: the index, and its way to the wire.
+
+What it says may be old by a moment: whoever goes there may find less, and then computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from baton.core.blocks import BlockKey
+from baton.core.errors import InvalidRequest, Stage
+from kvpool.index import KVIndex
+from kvpool.tiers import KVEvent, KVEventBatch, KVEventKind, KVSnapshot, Tier
+from protos.baton.internal.v1 import controller_pb2
+
+
+class BlockDirectory:
+    """The controller's index. Not persisted: after a restart every holder sends a snapshot."""
+
+    def __init__(self) -> None:
+        self.index = KVIndex()
+
+    def report(self, report: controller_pb2.BlockReport) -> controller_pb2.BlockReportReply:
+        """Take in what a holder says. Raises InvalidRequest for what no holder of ours says."""
+        try:
+            if report.snapshot:
+                self.index.replace(_snapshot(report))
+                return controller_pb2.BlockReportReply()
+            known = self.index.apply(_batch(report))
+        except ValueError as error:
+            raise InvalidRequest(str(error), stage=Stage.CONTROL, param="events") from error
+        return controller_pb2.BlockReportReply(need_snapshot=not known)
+
+    def locate(
+        self, keys: Sequence[BlockKey], address_of: Callable[[str], str], num_pool_nodes: int
+    ) -> controller_pb2.LocateBlocksReply:
+        """Longest prefixes by holder and tier. ``address_of`` a pool node: else empty."""
+        return controller_pb2.LocateBlocksReply(
+            num_pool_nodes=num_pool_nodes,
+            matches=[
+                controller_pb2.BlockMatch(
+                    holder=match.holder,
+                    tier=match.tier,
+                    num_blocks=match.num_blocks,
+                    address=address_of(match.holder),
+                )
+                for match in self.index.lookup(keys)
+            ],
+        )
+
+    def keep_only(self, holders: Iterable[str]) -> None:
+        """Forget all other holders: they are gone."""
+        alive = set(holders)
+        for holder in list(self.index.holders()):
+            if holder not in alive:
+                self.index.drop(holder)
+
+
+def _batch(report: controller_pb2.BlockReport) -> KVEventBatch:
+    events = tuple(
+        KVEvent(
+            KVEventKind(event.kind),
+            Tier(event.tier),
+            tuple(event.keys),
+            Tier(event.to) if event.to else None,
+        )
+        for event in report.events
+    )
+    return KVEventBatch(report.holder, report.life, report.first_seq, events)
+
+
+def _snapshot(report: controller_pb2.BlockReport) -> KVSnapshot:
+    blocks = tuple((Tier(item.tier), tuple(item.keys)) for item in report.blocks)
+    return KVSnapshot(report.holder, report.life, report.first_seq, blocks)

@@ -1,0 +1,101 @@
+"""Blocks of lower tiers, brought up into the host tier before they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from baton.core.blocks import BlockKey
+from kvpool.block_io import checksum
+from kvpool.disk import DiskTier
+from kvpool.host_values import Grant
+from kvpool.remote import RemotePools
+from kvpool.slot_filling import fill
+from kvpool.tiers import Tier
+
+if TYPE_CHECKING:
+    from kvpool.host_tier import HostTier
+
+log = logging.getLogger(__name__)
+
+_BATCH = 16
+
+
+class Promotion:
+    """For one host tier. ``remote``: other machines, once they can be asked."""
+
+    def __init__(self, tier: HostTier) -> None:
+        self.remote: RemotePools | None = None
+        self._tier = tier
+        self._one_at_a_time = asyncio.Lock()
+
+    async def bring_up(
+        self, keys: Sequence[BlockKey], start: int, deadline: float, *, local_only: bool
+    ) -> list[Tier]:
+        """What lower tiers have of ``keys[start:]`` without a gap; where each block was.
+
+        Ends by ``deadline`` (the tier's clock), with what has come by then.
+        """
+        disk, remote = self._tier.disk, None if local_only else self.remote
+        if remote is None and (disk is None or not disk.contains(keys[start])):
+            return []
+        tiers: list[Tier] = []
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._tier.clock.now())):
+                # What a second one wants may be what the first one brings.
+                async with self._one_at_a_time:
+                    await self._bring_up(keys, start, remote, deadline, tiers)
+        except TimeoutError:
+            log.info("bringing blocks up took too long; the rest is computed")
+        return tiers
+
+    async def _bring_up(
+        self,
+        keys: Sequence[BlockKey],
+        start: int,
+        remote: RemotePools | None,
+        deadline: float,
+        tiers: list[Tier],
+    ) -> None:
+        table, clock = self._tier.table, self._tier.clock
+        at = max(start, table.match(keys, touch=False, now=clock.now()))
+        tiers += [Tier.HOST] * (at - start)
+        while at < len(keys):
+            count, where = 0, Tier.DISK
+            disk = self._tier.disk
+            if disk is not None and disk.contains(keys[at]):
+                count = await self._from_disk(disk, keys, at)
+            if not count and remote is not None:
+                count, where = await remote.fetch(self._tier, keys, at, deadline), Tier.REMOTE
+            if not count:
+                return
+            tiers += [where] * count
+            at += count
+
+    async def _from_disk(self, disk: DiskTier, keys: Sequence[BlockKey], at: int) -> int:
+        """The next blocks, up to a batch; how many came up."""
+        metas = []
+        for key in keys[at : at + _BATCH]:
+            meta = disk.meta(key)
+            if meta is None:
+                break
+            metas.append(meta)
+        arena = self._tier.arena.blocks
+
+        def read(grants: Sequence[Grant]) -> list[tuple[int, int]]:
+            filled = []
+            for meta, grant in zip(metas, grants, strict=False):
+                target = arena.block(grant.slot)
+                if not disk.get(meta.key, target):
+                    break
+                filled.append((grant.ticket, checksum(target)))
+            return filled
+
+        grants = await fill(self._tier, Tier.DISK, metas, read, self._tier.on_disk_thread)
+        for meta, grant in zip(metas, grants, strict=False):
+            # What the disk dropped meanwhile has been told of already.
+            if disk.contains(meta.key):
+                self._tier.table.mark_on_disk(grant.slot, grant.generation)
+        return len(grants)
