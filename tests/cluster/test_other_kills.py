@@ -151,7 +151,7 @@ def test_pool_node(two_pairs: Cluster) -> None:
     before = member(two_pairs, "pool")
     assert before is not None
     files = shared_files(two_pairs.name)
-    assert len(files) == 4
+    assert len(files) == 5, "an arena of each instance, and the host tier"
 
     async def run() -> list[Reply]:
         async with http_client(two_pairs) as client:

@@ -1,6 +1,6 @@
 """Prefill and decode cut into different numbers of ranks: blocks are converted on the way.
 
-1 to 2 and 2 to 1 are in ``scripts/acceptance 4.1``, with all tiers.
+1 to 2, 2 to 1 and MLA are in ``scripts/acceptance 4.1``, with all tiers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ SIX_KV_HEADS = {"num_key_value_heads": 6, "intermediate_size": 96}
 
 CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "2 to 3": ("dense", SIX_KV_HEADS, 2, 3),
-    "2 to 1, one latent": ("v3", {}, 2, 1),
 }
 
 
