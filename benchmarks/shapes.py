@@ -32,46 +32,51 @@ def make(shape: str, folder: Path, *, seed: int = 0) -> None:
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = {"qwen3-0.6b": _qwen3, "qwen3-small": _small}.get(shape, _deepseek)()
+        model = {"qwen3-0.6b": _big, "qwen3-small": _small}.get(shape, _deepseek)()
     finally:
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
 
 
-def _qwen3() -> Any:
+def _qwen3(vocabulary: int, hidden: int, intermediate: int, layers: int, **sizes: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        **sizes,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _big() -> Any:
+    return _qwen3(
+        VOCABULARY,
+        1024,
+        3072,
+        28,
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=40_960,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     )
-    return Qwen3ForCausalLM(config)
 
 
 def _small() -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=SMALL_VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=12,
+    return _qwen3(
+        SMALL_VOCABULARY,
+        512,
+        1536,
+        12,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
         max_position_embeddings=16_384,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     )
-    return Qwen3ForCausalLM(config)
 
 
 def _deepseek() -> Any:

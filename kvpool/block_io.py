@@ -12,19 +12,14 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import xxhash
 
 from kvpool.arena import BlockArena
+from kvpool.checksum import checksum
 from kvpool.host_values import Grant
 from kvpool.layout import KVLayout
 from kvpool.pool_link import Slot
 from kvpool.reshard import plan_reshard
 from kvpool.transport import KVCache
-
-
-def checksum(block: memoryview | bytes) -> int:
-    """xxh3-64, as the host and disk tiers keep it with each block."""
-    return xxhash.xxh3_64_intdigest(block)
 
 
 class BlockMover:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from baton.core.blocks import BlockKey
 from baton.core.clock import Clock, SystemClock
+from kvpool.checksum import checksum
 from kvpool.disk_index import DiskEntry, DiskIndex, Elsewhere
-from kvpool.disk_segment import Scan, checksum
+from kvpool.disk_segment import Scan
 from kvpool.disk_statistics import DiskCounts, DiskStatistics
 from kvpool.disk_store import SegmentStore
 from kvpool.tiers import BlockMeta, KVEvent, KVEventKind, Tier
@@ -141,10 +142,6 @@ class DiskTier:
         self._counts.puts += 1
         self._on_event(KVEvent(KVEventKind.STORED, Tier.DISK, (meta.key,)))
         return True
-
-    def put_many(self, blocks: Iterable[tuple[BlockMeta, memoryview]]) -> list[bool]:
-        """``put`` for each, parents before children."""
-        return [self.put(meta, payload) for meta, payload in blocks]
 
     def get(self, key: BlockKey, into: memoryview) -> bool:
         """Read a block into ``into``, ``[block_bytes]`` writable bytes, and verify it.

@@ -47,11 +47,6 @@ _NO_PARENT = bytes(_KEY_BYTES)
 _NAME = re.compile(r"segment-([0-9a-f]{16})\.kv")
 
 
-def checksum(payload: memoryview | bytes) -> int:
-    """xxh3-64 of a block's bytes."""
-    return xxhash.xxh3_64_intdigest(payload)
-
-
 def segment_name(number: int) -> str:
     """File name of a segment."""
     return f"segment-{number:016x}.kv"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from baton.core.blocks import BlockKey
-from kvpool.block_io import checksum
+from kvpool.checksum import checksum
 from kvpool.disk import DiskTier
 from kvpool.host_values import Grant
 from kvpool.remote import RemotePools

@@ -22,7 +22,7 @@ from baton.core.blocks import BlockKey
 from baton.core.clock import Clock
 from baton.core.config import TlsConfig
 from baton.core.errors import TransferFailed
-from kvpool.block_io import checksum
+from kvpool.checksum import checksum
 from kvpool.host_values import Grant
 from kvpool.slot_filling import fill
 from kvpool.tiers import BlockMeta, Tier

@@ -1,7 +1,8 @@
 """Keys of KV blocks: a chained, salted, cryptographic hash of the tokens a block holds.
 
-A key names the *whole prefix* up to and including its block, so equal keys mean equal KV bytes
-(design, "Blocks and layout"). blake2b with 16-byte digests: fast in the standard library, and
+A key names the *whole prefix* up to and including its block, so equal keys mean equal KV: the
+same bits where it was computed on as many ranks, and within rounding where not (design, "Blocks and
+layout"). blake2b with 16-byte digests: fast in the standard library, and
 collisions cannot be constructed by a tenant.
 """
 

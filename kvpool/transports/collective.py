@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from kvpool.checksum import checksum
 from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFailed
 from kvpool.transports import collective_wire as wire
 from kvpool.transports.blocks import (
@@ -312,7 +313,7 @@ class _Pair:
             # not every back end does.
             told = wire.receive(self._sock, wire.CHECKSUM.size, budget)
             lane.finish(budget)
-            if wire.CHECKSUM.unpack(told)[0] != wire.checksum(slots[slot][:size]):
+            if wire.CHECKSUM.unpack(told)[0] != checksum(slots[slot][:size]):
                 raise wire.BadMessage(f"slice {index} arrived with a wrong checksum")
             scatter(slots[slot], next(targets))
             if index + len(slots) < len(sizes):

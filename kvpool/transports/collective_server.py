@@ -12,6 +12,7 @@ import threading
 import time
 
 from baton.core.errors import ConfigError
+from kvpool.checksum import checksum
 from kvpool.transport import BlockCopy, KVCache, TransferFailed
 from kvpool.transports import collective_wire as wire
 from kvpool.transports.blocks import Budget, budget_until, check_generations
@@ -268,7 +269,7 @@ class PairServer:
                 lane.finish(budget)
                 under_way -= 1
             size = gather(pieces, lane.slots[slot])
-            told = wire.checksum(lane.slots[slot][:size])
+            told = checksum(lane.slots[slot][:size])
             wire.send(connection, wire.CHECKSUM.pack(told), budget)
             lane.send(slot, size, budget)
             under_way += 1

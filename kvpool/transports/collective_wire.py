@@ -22,7 +22,6 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-import xxhash
 
 from kvpool.transport import BlockCopy
 from kvpool.transports.blocks import Budget
@@ -165,11 +164,6 @@ def receive(sock: socket.socket, count: int, budget: Budget) -> bytes:
             raise ConnectionError("the peer closed the connection")
         view = view[received:]
     return bytes(data)
-
-
-def checksum(data: memoryview) -> int:
-    """xxh3-64."""
-    return xxhash.xxh3_64_intdigest(data)
 
 
 def _milliseconds(budget: Budget) -> int:

@@ -20,7 +20,8 @@ from baton.instance.instance import Instance
 from baton.instance.pool_side import PoolSide, make_pool_side
 from baton.instance.prefix_fetch import FetchHooks, PrefixFetcher
 from kvpool.arena import BlockArena
-from kvpool.block_io import BlockMover, checksum
+from kvpool.block_io import BlockMover
+from kvpool.checksum import checksum
 from kvpool.host_arena import HostArena
 from kvpool.host_table import HostTable
 from kvpool.host_tier import HostTierSpec

@@ -104,7 +104,7 @@ def open_tier(
 
 
 def put(tier: DiskTier, *names: str, priority: int = 0) -> list[bool]:
-    return tier.put_many((meta_of(n, priority), bytes_of(key_of(n))) for n in names)
+    return [tier.put(meta_of(n, priority), bytes_of(key_of(n))) for n in names]
 
 
 def get(tier: DiskTier, name: str) -> bool:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kvpool.arena import BlockArena
-from kvpool.block_io import BlockMover, checksum
+from kvpool.block_io import BlockMover
+from kvpool.checksum import checksum
 from kvpool.host_arena import HostArena
 from kvpool.host_values import Grant
 from kvpool.layout import KVLayout

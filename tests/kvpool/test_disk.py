@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from baton.core.errors import ConfigError
+from kvpool.checksum import checksum
 from kvpool.disk import DiskTier
-from kvpool.disk_segment import checksum
 from kvpool.tiers import KVEvent, KVEventKind, Tier
 from tests.kvpool.disk_kit import (
     BLOCK_BYTES,

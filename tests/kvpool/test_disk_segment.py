@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.core.errors import ConfigError
+from kvpool.checksum import checksum
 from kvpool.disk_files import SegmentWriter, read_block, scan_segment
 from kvpool.disk_segment import (
     HEADER_BYTES,
@@ -17,7 +18,6 @@ from kvpool.disk_segment import (
     Scan,
     SegmentHeader,
     UnusableSegment,
-    checksum,
     pack_record,
     segment_name,
     segment_number,

@@ -14,7 +14,7 @@ from typing import Any
 from baton.core.blocks import BlockKey
 from baton.core.config import PoolConfig
 from kvpool.arena import BlockArena
-from kvpool.block_io import checksum
+from kvpool.checksum import checksum
 from kvpool.host_tier import HeldSlot, HostTier, HostTierSpec
 from kvpool.host_values import Grant
 from kvpool.layout import KVLayout
