@@ -9,7 +9,7 @@ from prometheus_client import make_asgi_app
 
 from baton.core.clock import Clock, SystemClock
 from baton.core.config import ControllerConfig
-from baton.core.errors import ConfigError, Unavailable
+from baton.core.errors import ConfigError
 from controller.core import ControllerCore
 from controller.discovery import open_store
 from controller.drains import DRAIN_KEY_PREFIX
@@ -75,8 +75,8 @@ class ControllerService:
     async def start(self) -> None:
         """Bind, take the next epoch, serve, announce the address.
 
-        ConfigError for a port in use, a store that does not answer, or a cluster of this name
-        that already runs; everything is released then.
+        ConfigError for a port in use, or a cluster of this name that already runs; Unavailable if
+        the store does not answer, which another start may find mended. All is released then.
         """
         try:
             await self._start()
@@ -114,15 +114,12 @@ class ControllerService:
                 param="port",
             ) from error
         self.address = f"{self._host}:{self._port}"
-        try:
-            epoch = await self._store.next_epoch(1)
-            stored = {
-                **await self._store.scan(ROLE_KEY_PREFIX),
-                **await self._store.scan(DRAIN_KEY_PREFIX),
-            }
-            await self._store.announce(self.address)
-        except Unavailable as error:
-            raise ConfigError(error.message, param="store") from error
+        epoch = await self._store.next_epoch(1)
+        stored = {
+            **await self._store.scan(ROLE_KEY_PREFIX),
+            **await self._store.scan(DRAIN_KEY_PREFIX),
+        }
+        await self._store.announce(self.address)
         self._writer = StoreWriter(self._store, address=self.address, epoch=epoch, values=stored)
         self._writer.start()
         self.metrics_address = await self._http.start()

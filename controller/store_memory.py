@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from baton.core.clock import Clock, SystemClock
-from baton.core.errors import ConfigError
+from baton.core.errors import ConfigError, Stage, Unavailable
 from controller.store import check_cluster_name
 
 
@@ -123,10 +123,21 @@ class MemoryStore:
             "started": process.create_time(),
             "epoch": self._epoch,
         }
+        try:
+            self._replace_file(json.dumps(content))
+        except OSError as error:
+            raise Unavailable(
+                f"cannot write {self._path}: {error.strerror}; without it the baton command does "
+                "not find the cluster",
+                stage=Stage.CONTROL,
+                retry_after_s=1.0,
+            ) from error
+
+    def _replace_file(self, text: str) -> None:
         handle, name = tempfile.mkstemp(dir=self._directory, prefix=f".{self._cluster}-")
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(content, file)
+                file.write(text)
             os.replace(name, self._path)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 _TIMEOUT_S = 2.0
 _SCAN_COUNT = 500
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
+"""Seconds without a word, seconds between probes, and how many of these may be lost."""
 
 _NEXT_EPOCH = """
 local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or '0') + 1, tonumber(ARGV[1]))
@@ -111,9 +114,14 @@ class RedisStore:
 
     async def watch(self, connected: Callable[[], None]) -> None:
         """See :class:`MetadataStore`. A subscription to nothing ends when the server goes away."""
-        # A client of its own: reads without a time limit, and no silent reconnecting.
+        # A client of its own: reads without a time limit, and no silent reconnecting. A server
+        # whose machine is gone closes nothing: only keepalive tells.
         client = redis.asyncio.Redis.from_url(
-            self._url, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+            self._url,
+            socket_connect_timeout=_TIMEOUT_S,
+            socket_keepalive=True,
+            socket_keepalive_options=_KEEPALIVE,
+            retry=Retry(NoBackoff(), 0),
         )
         pubsub = client.pubsub()
         try:
@@ -121,8 +129,10 @@ class RedisStore:
             await self._ask(asyncio.wait_for(subscribing, _TIMEOUT_S))
             connected()
             with contextlib.suppress(RedisError, OSError):
-                while True:
-                    await pubsub.get_message(timeout=None)
+                # None, which a wait without an end cannot mean, stands for a connection that timed
+                # out. Reading on would return at once, for ever.
+                while await pubsub.get_message(timeout=None) is not None:
+                    pass
         finally:
             with contextlib.suppress(RedisError, OSError):
                 await pubsub.aclose()  # type: ignore[no-untyped-call]

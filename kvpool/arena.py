@@ -26,7 +26,7 @@ from kvpool.arena_header import (
     arena_prefix,
     process_start,
 )
-from kvpool.transport import TransportBroken
+from kvpool.transport import TransferFault, TransportBroken
 
 
 class BlockArena:
@@ -128,13 +128,19 @@ class BlockArena:
         try:
             fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
-            raise TransportBroken(f"arena {path} cannot be opened: {error.strerror}") from error
+            raise TransportBroken(
+                f"arena {path} cannot be opened: {error.strerror}", fault=TransferFault.GONE
+            ) from error
         try:
             header = ArenaHeader.unpack(os.pread(fd, HEADER_BYTES, 0), path)
             if header.token != token:
-                raise TransportBroken(f"arena {path} is another one: its token differs")
+                raise TransportBroken(
+                    f"arena {path} is another one: its token differs", fault=TransferFault.GONE
+                )
             if os.fstat(fd).st_size < header.num_bytes:
-                raise TransportBroken(f"arena {path} is shorter than its header says")
+                raise TransportBroken(
+                    f"arena {path} is shorter than its header says", fault=TransferFault.SHORT
+                )
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             mapping = mmap.mmap(fd, header.num_bytes, access=access)
         finally:

@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 
 from baton.core.errors import ConfigError
-from kvpool.transport import TransportBroken
+from kvpool.transport import TransferFault, TransportBroken
 
 MAGIC = b"BATONKV\x00"
 VERSION = 1
@@ -153,12 +153,15 @@ class ArenaHeader:
     def unpack(cls, data: bytes, where: str) -> ArenaHeader:
         """Parse a header. Raises TransportBroken if ``data`` is not one, or of another version."""
         if len(data) < _FIXED.size or not data.startswith(MAGIC):
-            raise TransportBroken(f"{where} is not an arena")
+            raise TransportBroken(f"{where} is not an arena", fault=TransferFault.CORRUPT)
         _, version, pid, token, nonce, start, block_bytes, num_blocks, *lengths = (
             _FIXED.unpack_from(data)
         )
         if version != VERSION:
-            raise TransportBroken(f"{where} has version {version}, this process reads {VERSION}")
+            raise TransportBroken(
+                f"{where} has version {version}, this process reads {VERSION}",
+                fault=TransferFault.LAYOUT,
+            )
         texts: list[str] = []
         offset = _FIXED.size
         try:
@@ -177,7 +180,9 @@ class ArenaHeader:
                 layout=texts[2],
             )
         except (UnicodeDecodeError, ConfigError) as error:
-            raise TransportBroken(f"{where} has a damaged header: {error}") from None
+            raise TransportBroken(
+                f"{where} has a damaged header: {error}", fault=TransferFault.CORRUPT
+            ) from None
 
 
 def read_header(path: str | Path) -> ArenaHeader:

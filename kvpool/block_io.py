@@ -8,6 +8,7 @@ the checksum.
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from kvpool.host_values import Grant
 from kvpool.layout import KVLayout
 from kvpool.pool_link import Slot
 from kvpool.reshard import plan_reshard
-from kvpool.transport import KVCache
+from kvpool.transport import KVCache, TransferFault
 
 
 class BlockMover:
@@ -31,6 +32,9 @@ class BlockMover:
         self._cache = cache
         self._outward = plan_reshard(own, host)
         self._inward = plan_reshard(host, own)
+        self.faults: collections.Counter[str] = collections.Counter()
+        """Loads that ended at a block that failed, by ``TransferFault``. Written by the thread that
+        loads; a reader may be behind by one."""
 
     def store(
         self, arena: BlockArena, moves: Sequence[tuple[int, int, Grant]]
@@ -69,12 +73,16 @@ class BlockMover:
         scratch = None if self._inward.is_identity else memoryview(bytearray(arena.block_bytes))
         for index, (slot, block) in enumerate(zip(slots, blocks, strict=True)):
             if time.monotonic() >= deadline:
+                self.faults[TransferFault.LATE] += 1
                 return index
             target = self._cache.block(block)
             arrived = target if scratch is None else scratch
             _copy(arena.block(slot.slot), arrived)
             good = checksum(arrived) == slot.checksum
-            if not good or arena.generation(slot.slot) != slot.generation:
+            # Told first: a slot that was given away meanwhile does not match its checksum either.
+            stale = arena.generation(slot.slot) != slot.generation
+            if stale or not good:
+                self.faults[TransferFault.STALE if stale else TransferFault.CORRUPT] += 1
                 target[:] = bytes(len(target))
                 return index
             if scratch is not None:

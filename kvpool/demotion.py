@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from baton.core.blocks import BlockKey
 from kvpool.checksum import checksum
 from kvpool.disk import DiskTier
-from kvpool.host_values import Demotable
+from kvpool.host_values import StoredBlock
 
 if TYPE_CHECKING:
     from kvpool.host_tier import HostTier
@@ -69,7 +69,7 @@ class Demotion:
         while await self._write(self._candidates(0)):
             pass
 
-    def _candidates(self, min_uses: int) -> list[Demotable]:
+    def _candidates(self, min_uses: int) -> list[StoredBlock]:
         found = self._tier.table.demotable(_LOOK_AT)
         chosen = [
             item
@@ -82,11 +82,11 @@ class Demotion:
         free = self._tier.table.statistics().num_free
         return free * _SHORT < self._tier.spec.num_slots
 
-    async def _write(self, blocks: Sequence[Demotable]) -> int:
+    async def _write(self, blocks: Sequence[StoredBlock]) -> int:
         """How many got there, or turned out to be damaged and are gone."""
         arena, disk = self._tier.arena.blocks, self._disk
 
-        def write() -> tuple[list[Demotable], list[Demotable]]:
+        def write() -> tuple[list[StoredBlock], list[StoredBlock]]:
             written, damaged = [], []
             for item in blocks:
                 # A copy: what is checked is what is written, whatever happens to the slot.

@@ -24,13 +24,13 @@ from kvpool.host_blocks import HostBlocks
 from kvpool.host_records import key_problem
 from kvpool.host_slots import Entry, EntryState
 from kvpool.host_values import (
-    Demotable,
     Grant,
     Hold,
     HostSettings,
     HostStatistics,
     Skip,
     SkipReason,
+    StoredBlock,
 )
 from kvpool.tiers import BlockMeta, KVEvent
 
@@ -229,6 +229,7 @@ class HostTable:
             generations=tuple(entry.generation for entry in found),
             checksums=tuple(entry.checksum for entry in found),
             num_tokens=tuple(entry.num_tokens for entry in found),
+            priorities=tuple(entry.priority for entry in found),
         )
 
     def release(self, hold_id: int, now: float) -> bool:
@@ -297,21 +298,30 @@ class HostTable:
 
     # Lower tiers.
 
-    def demotable(self, count: int) -> list[Demotable]:
+    def demotable(self, count: int) -> list[StoredBlock]:
         """Up to ``count`` blocks that are not on disk, those that will be evicted soonest first.
 
         Only such as have everything below them on disk: mark these to get the next.
         """
+        return [self._described(entry) for entry in self._blocks.demotions.lowest(count)]
+
+    def stored(self, keys: Iterable[BlockKey]) -> list[StoredBlock]:
+        """Those of ``keys`` that lookups find here, in their order."""
+        entries = (self._blocks.slots.listed.get(key) for key in keys)
         return [
-            Demotable(
-                slot=entry.slot,
-                generation=entry.generation,
-                checksum=entry.checksum,
-                meta=entry.meta,
-                frequency=self._blocks.sketch.estimate(entry.key),
-            )
-            for entry in self._blocks.demotions.lowest(count)
+            self._described(entry)
+            for entry in entries
+            if entry is not None and entry.state is EntryState.READY and not entry.transient
         ]
+
+    def _described(self, entry: Entry) -> StoredBlock:
+        return StoredBlock(
+            slot=entry.slot,
+            generation=entry.generation,
+            checksum=entry.checksum,
+            meta=entry.meta,
+            frequency=self._blocks.sketch.estimate(entry.key),
+        )
 
     def mark_on_disk(self, slot: int, generation: int) -> bool:
         """The disk has the block too; False if it is no longer in that slot."""

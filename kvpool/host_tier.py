@@ -10,22 +10,22 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypedDict, TypeVar
 
 from baton.core.blocks import BlockKey
 from baton.core.clock import Clock, SystemClock
-from baton.core.config import PoolConfig, TlsConfig
-from baton.core.errors import ConfigError
+from kvpool.checksum import checksum
 from kvpool.demotion import Demotion
 from kvpool.disk import DiskTier
 from kvpool.event_log import KVEventLog
+from kvpool.external_tier import ExternalTier
 from kvpool.host_arena import HostArena
 from kvpool.host_table import HostTable
-from kvpool.host_values import Grant, HostSettings, Skip
+from kvpool.host_values import Grant, HeldSlot, HostSettings, Skip, TierCounters
 from kvpool.index_hot import HotPrefixes
 from kvpool.promotion import Promotion
+from kvpool.tier_spec import HostTierSpec
 from kvpool.tiers import BlockMeta, KVEvent, KVEventKind, KVSnapshot, Tier
 
 T = TypeVar("T")
@@ -33,58 +33,6 @@ T = TypeVar("T")
 _DUMPED_LINES = 1000
 _FLUSH_S = 10.0
 """How long a stop may take to bring the host tier to the disk."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HostTierSpec:
-    """What a pool node keeps. Plain values, so that it travels to another node."""
-
-    layout: str
-    """Canonical text of the blocks' layout."""
-    slot_bytes: int
-    """Of one block in that layout."""
-    pool: PoolConfig
-    tls: TlsConfig | None = None
-    """For pulls by other machines."""
-
-    @property
-    def num_slots(self) -> int:
-        """Blocks that the host tier holds. Raises ConfigError where not even one fits."""
-        count = self.pool.host_bytes // self.slot_bytes
-        if not count:
-            raise ConfigError(
-                f"pool.host_bytes is {self.pool.host_bytes}, but one block of this model has "
-                f"{self.slot_bytes} bytes: make it larger, or 0 for no host tier",
-                param="pool.host_bytes",
-            )
-        return count
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HeldSlot:
-    """A block that its reader may read."""
-
-    slot: int
-    generation: int
-    checksum: int
-    num_tokens: int
-    tier: Tier
-
-
-@dataclasses.dataclass(slots=True)
-class TierCounters:
-    """Totals since the start, in blocks."""
-
-    num_promoted: dict[Tier, int] = dataclasses.field(
-        default_factory=lambda: {Tier.DISK: 0, Tier.REMOTE: 0}
-    )
-    num_failed: dict[Tier, int] = dataclasses.field(
-        default_factory=lambda: {Tier.DISK: 0, Tier.REMOTE: 0}
-    )
-    """Said to be there, and then not, or not in time, or not what their checksum says."""
-    num_demoted: int = 0
-    num_damaged: int = 0
-    """In the host tier, and not what their checksum says."""
 
 
 class _Sizes(TypedDict):
@@ -131,6 +79,8 @@ class HostTier:
                 arena.table, arena.blocks.generations, on_event=self._on_event, settings=settings
             )
         self.disk = disk(self)
+        self.external: ExternalTier | None = None
+        """Set before ``start``, if there is one."""
         self.promotion = Promotion(self)
         self._demotion = None if self.disk is None else Demotion(self, self.disk)
         self._demoting: asyncio.Task[None] | None = None
@@ -196,7 +146,9 @@ class HostTier:
             raise
 
     async def start(self) -> None:
-        """Begin to write to the disk ahead of evictions, and to end leases."""
+        """Begin to write to lower tiers, and to end leases."""
+        if self.external is not None:
+            self.external.start()
         if self.disk is not None:
             disk = self.disk
             for key in self.table.snapshot_keys():
@@ -220,6 +172,8 @@ class HostTier:
             await asyncio.wait([self._demoting])
         if self.promotion.remote is not None:
             await self.promotion.remote.close()
+        if self.external is not None:
+            await self.external.stop()
         if self.disk is not None and self._demotion is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FLUSH_S):
@@ -298,9 +252,14 @@ class HostTier:
             self.table.release(hold.hold_id, now)
             return 0, []
         tiers += [Tier.HOST] * (len(hold.slots) - len(tiers))
+        if self.external is not None:
+            # Asked for since they were stored.
+            self.external.offer(keys[: len(hold.slots)])
         self._changed()
         slots = zip(
-            hold.slots, hold.generations, hold.checksums, hold.num_tokens, tiers, strict=False
+            *(hold.slots, hold.generations, hold.checksums, hold.num_tokens, hold.priorities),
+            tiers,
+            strict=False,
         )
         return hold.hold_id, [HeldSlot(*slot) for slot in slots][skip:]
 
@@ -319,6 +278,22 @@ class HostTier:
         """A process ended."""
         self.table.release_owner(owner, self.clock.now())
         self._changed()
+
+    async def verify(self, keys: Sequence[BlockKey]) -> None:
+        """A reader found other bytes than were written: see for ourselves, and drop what is so."""
+        arena = self.arena.blocks
+
+        def damaged() -> list[BlockKey]:
+            return [
+                block.meta.key
+                for block in blocks
+                if checksum(arena.block(block.slot)) != block.checksum
+                and arena.generation(block.slot) == block.generation
+            ]
+
+        blocks = self.table.stored(keys)
+        for key in await self._loop.run_in_executor(None, damaged):
+            self.drop(key)
 
     def drop(self, key: BlockKey) -> None:
         """A block did not verify: nobody finds it any more, nor what is below it."""
@@ -348,6 +323,12 @@ class HostTier:
         self.events.append(event)
         if event.kind is KVEventKind.REMOVED and self._demotion is not None:
             self._demotion.evicted(event.keys)
+        if (
+            self.external is not None
+            and event.kind is KVEventKind.STORED
+            and self.spec.pool.write_back == "all"
+        ):
+            self.external.offer(event.keys)
 
     def _on_disk_event(self, event: KVEvent) -> None:
         """On the disk's thread."""

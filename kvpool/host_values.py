@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from kvpool.tiers import BlockMeta
+from kvpool.tiers import BlockMeta, Tier
+
+_LOWER = (Tier.DISK, Tier.REMOTE, Tier.EXTERNAL)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,18 +63,19 @@ class Hold:
     """A slot that has another one when its bytes were copied was given away: a late reader."""
     checksums: tuple[int, ...]
     num_tokens: tuple[int, ...]
+    priorities: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Demotable:
-    """A block that is not on disk, of those that will be evicted next."""
+class StoredBlock:
+    """A ready block, for those who write it elsewhere too."""
 
     slot: int
     generation: int
     checksum: int
     meta: BlockMeta
     frequency: int
-    """Estimated uses, by which a writer decides whether it is worth the disk."""
+    """Estimated uses, by which a writer decides whether it is worth that."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,3 +111,31 @@ class HostStatistics:
     """Blocks that lookups asked for and did not find."""
     num_expired: int
     """Leases that ended because nobody renewed them, of tickets and holds."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeldSlot:
+    """A block that its reader may read."""
+
+    slot: int
+    generation: int
+    checksum: int
+    num_tokens: int
+    priority: int
+    tier: Tier
+
+
+@dataclasses.dataclass(slots=True)
+class TierCounters:
+    """Totals since the start, in blocks."""
+
+    num_promoted: dict[Tier, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(_LOWER, 0)
+    )
+    num_failed: dict[Tier, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(_LOWER, 0)
+    )
+    """Said to be there, and then not, or not in time, or not what their checksum says."""
+    num_demoted: int = 0
+    num_damaged: int = 0
+    """In the host tier, and not what their checksum says."""

@@ -68,7 +68,7 @@ class MooncakeValues:
         batch_bytes: int,
     ) -> None:
         self.batch_bytes = batch_bytes
-        loaded = library("store", "pool.external.kind")
+        loaded = library("store", "pool.external.master")
         _check_listening(master)
         self._store = loaded.MooncakeDistributedStore()
         code = self._store.setup(

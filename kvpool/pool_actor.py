@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from kvpool.host_tier import HostTierSpec
 from kvpool.pool_node import PoolNode
+from kvpool.tier_spec import HostTierSpec
 from protos.serving import HostedServer
 
 _START_TIMEOUT_S = 30.0

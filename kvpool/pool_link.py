@@ -108,6 +108,7 @@ class PoolLink:
         self._quiet_until = 0.0
         self._connecting = asyncio.Lock()
         self._releases: set[int] = set()
+        self._doubtful: set[BlockKey] = set()
         self._releasing: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -157,9 +158,14 @@ class PoolLink:
         request = pool_pb2.RenewHoldsRequest(hold_ids=hold_ids, lease_s=self._lease_s)
         await self._answer(stub.RenewHolds(request, timeout=CALL_TIMEOUT_S))
 
-    def release(self, hold_id: int) -> None:
-        """Let go of a hold; in the background, with others in one call."""
+    def release(self, hold_id: int, doubtful: BlockKey | None = None) -> None:
+        """Let go of a hold; in the background, with others in one call.
+
+        ``doubtful``: a block of it that did not verify. The pool node looks for itself.
+        """
         self._releases.add(hold_id)
+        if doubtful is not None:
+            self._doubtful.add(doubtful)
         if self._releasing is None or self._releasing.done():
             self._releasing = asyncio.ensure_future(self._release())
 
@@ -301,12 +307,13 @@ class PoolLink:
 
     async def _release(self) -> None:
         while self._releases:
-            hold_ids = list(self._releases)
+            hold_ids, doubtful = list(self._releases), list(self._doubtful)
             self._releases.clear()
+            self._doubtful.clear()
             stub = await self._connect()
             if stub is None:
                 return  # their leases end by themselves
-            request = pool_pb2.ReleaseHoldsRequest(hold_ids=hold_ids)
+            request = pool_pb2.ReleaseHoldsRequest(hold_ids=hold_ids, doubtful=doubtful)
             await self._answer(stub.ReleaseHolds(request, timeout=CALL_TIMEOUT_S))
 
 

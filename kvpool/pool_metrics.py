@@ -49,6 +49,16 @@ class PoolCollector(Collector):
         for name, text in _COUNTERS.items():
             if name in numbers:
                 yield CounterMetricFamily(name, text, value=numbers[name])
+        remote = tier.promotion.remote
+        if remote is not None:
+            faults = CounterMetricFamily(
+                "baton_pool_remote_faults",
+                "Fetches from other machines that failed, by fault.",
+                labels=("fault",),
+            )
+            for fault, count in remote.faults.items():
+                faults.add_metric((fault,), count)
+            yield faults
 
 
 _GAUGES = {
@@ -58,6 +68,18 @@ _GAUGES = {
     "baton_pool_disk_blocks": "Blocks in the disk tier.",
     "baton_pool_disk_bytes": "Bytes of the disk tier's files.",
     "baton_pool_disk_suspended": "1 while nothing is written, after a failed write.",
+    "baton_pool_external_connected": "1 once the external store could be opened.",
+    "baton_pool_external_queued": "Blocks that wait to be written to the external store.",
+}
+_EXTERNAL = {
+    "hits": "Blocks that the external store had, and that verified.",
+    "misses": "Blocks that it said it had, and had not.",
+    "refused": "Blocks that it did not take.",
+    "wrong_lengths": "Blocks of the external store with more or fewer bytes than were stored.",
+    "wrong_checksums": "Blocks of the external store that are not what was stored.",
+    "errors": "Calls that the external store failed at.",
+    "late": "Calls that the external store took too long for.",
+    "skipped": "Calls not made, because it was left alone after failures.",
 }
 _COUNTERS = {
     "baton_pool_host_hits": "Blocks that lookups found.",
@@ -77,6 +99,11 @@ _COUNTERS = {
     "baton_pool_failed_disk": "Blocks that were to come from disk and did not.",
     "baton_pool_failed_remote": "Blocks that were to come from other machines and did not.",
     "baton_pool_demoted": "Blocks written to disk.",
+    "baton_pool_promoted_external": "Blocks brought up from the external store.",
+    "baton_pool_failed_external": "Blocks that were to come from the external store and did not.",
+    "baton_pool_external_stored": "Blocks that the external store accepted.",
+    "baton_pool_external_unwritten": "Blocks not offered to it: too many waited, or evicted first.",
+    **{f"baton_pool_external_{name}": text for name, text in _EXTERNAL.items()},
 }
 
 
@@ -114,5 +141,17 @@ def tier_numbers(tier: HostTier) -> dict[str, float]:
             "baton_pool_disk_corrupt": disk.num_corrupt,
             "baton_pool_disk_torn": disk.num_torn,
             "baton_pool_disk_write_errors": disk.num_write_errors,
+        }
+    if tier.external is not None:
+        external, found = tier.external, tier.external.statistics()
+        lost = external.counters.num_dropped + external.counters.num_gone
+        numbers |= {
+            "baton_pool_external_connected": external.connected,
+            "baton_pool_external_queued": external.num_queued,
+            "baton_pool_promoted_external": counters.num_promoted[Tier.EXTERNAL],
+            "baton_pool_failed_external": counters.num_failed[Tier.EXTERNAL],
+            "baton_pool_external_stored": found.stored,
+            "baton_pool_external_unwritten": lost,
+            **{f"baton_pool_external_{name}": getattr(found, name) for name in _EXTERNAL},
         }
     return numbers

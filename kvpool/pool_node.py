@@ -19,13 +19,15 @@ from baton.core.clock import SystemClock
 from baton.core.errors import ConfigError
 from kvpool.arena_owners import ArenaKey, ArenaOwners
 from kvpool.block_reporter import BlockReporter
+from kvpool.external_tier import mooncake_tier
 from kvpool.host_arena import remove_host_arena
-from kvpool.host_tier import HostTier, HostTierSpec
+from kvpool.host_tier import HostTier
 from kvpool.pool_link import tier_owner
 from kvpool.pool_metrics import PoolCollector
 from kvpool.pool_service import PoolServicer
 from kvpool.presence import HEARTBEAT_S, Presence
 from kvpool.remote import RemotePools
+from kvpool.tier_spec import HostTierSpec
 from kvpool.transport import Endpoint
 from kvpool.transports.tcp import TcpTransport
 from protos.baton.internal.v1 import controller_pb2, pool_pb2_grpc
@@ -157,6 +159,8 @@ class PoolNode:
                 self._spec.tls,
             )
             made.restart()
+        if self._spec.pool.external.enabled:
+            tier.external = mooncake_tier(tier, self._host)
         await tier.start()
         return [endpoint]
 

@@ -163,6 +163,7 @@ class PoolServicer(pool_pb2_grpc.PoolNodeServicer):
                     checksum=slot.checksum,
                     tier=slot.tier,
                     num_tokens=slot.num_tokens,
+                    priority=slot.priority,
                 )
                 for slot in slots
             ],
@@ -183,8 +184,11 @@ class PoolServicer(pool_pb2_grpc.PoolNodeServicer):
     async def ReleaseHolds(
         self, request: pool_pb2.ReleaseHoldsRequest, context: Any
     ) -> pool_pb2.ReleaseHoldsReply:
-        """Idempotent."""
-        (await self._need_tier(context)).release(request.hold_ids)
+        """Idempotent. What was read wrongly is looked at before it is let go."""
+        tier = await self._need_tier(context)
+        if request.doubtful:
+            await tier.verify(request.doubtful)
+        tier.release(request.hold_ids)
         return pool_pb2.ReleaseHoldsReply()
 
     async def _need_tier(self, context: Any) -> HostTier:

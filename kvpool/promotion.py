@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from baton.core.blocks import BlockKey
 from kvpool.checksum import checksum
 from kvpool.disk import DiskTier
+from kvpool.external_tier import ExternalTier
 from kvpool.host_values import Grant
 from kvpool.remote import RemotePools
 from kvpool.slot_filling import fill
@@ -39,14 +40,16 @@ class Promotion:
         Ends by ``deadline`` (the tier's clock), with what has come by then.
         """
         disk, remote = self._tier.disk, None if local_only else self.remote
-        if remote is None and (disk is None or not disk.contains(keys[start])):
+        external = None if local_only else self._tier.external
+        nowhere_else = remote is None and (external is None or not external.connected)
+        if nowhere_else and (disk is None or not disk.contains(keys[start])):
             return []
         tiers: list[Tier] = []
         try:
             async with asyncio.timeout(max(0.0, deadline - self._tier.clock.now())):
                 # What a second one wants may be what the first one brings.
                 async with self._one_at_a_time:
-                    await self._bring_up(keys, start, remote, deadline, tiers)
+                    await self._bring_up(keys, start, remote, external, deadline, tiers)
         except TimeoutError:
             log.info("bringing blocks up took too long; the rest is computed")
         return tiers
@@ -56,6 +59,7 @@ class Promotion:
         keys: Sequence[BlockKey],
         start: int,
         remote: RemotePools | None,
+        external: ExternalTier | None,
         deadline: float,
         tiers: list[Tier],
     ) -> None:
@@ -69,6 +73,8 @@ class Promotion:
                 count = await self._from_disk(disk, keys, at)
             if not count and remote is not None:
                 count, where = await remote.fetch(self._tier, keys, at, deadline), Tier.REMOTE
+            if not count and external is not None:
+                count, where = await external.fetch(keys, at), Tier.EXTERNAL
             if not count:
                 return
             tiers += [where] * count

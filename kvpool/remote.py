@@ -8,11 +8,12 @@ only then. Any failure is a miss.
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
@@ -26,7 +27,7 @@ from kvpool.checksum import checksum
 from kvpool.host_values import Grant
 from kvpool.slot_filling import fill
 from kvpool.tiers import BlockMeta, Tier
-from kvpool.transport import BlockCopy, Endpoint
+from kvpool.transport import BlockCopy, Endpoint, TransferFault
 from kvpool.transports.tcp import TcpTransport
 from protos.baton.internal.v1 import controller_pb2, controller_pb2_grpc, pool_pb2, pool_pb2_grpc
 from protos.serving import channel_options
@@ -64,6 +65,19 @@ class RemotePools:
         self._releases: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kv-remote")
+        self._faults: collections.Counter[str] = collections.Counter()
+        self._faults_lock = threading.Lock()
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """Fetches that failed since the start, by ``TransferFault``; a peer that merely does not
+        have (all of) a prefix is none. From any thread."""
+        with self._faults_lock:
+            return {fault: self._faults[fault] for fault in TransferFault}
+
+    def _count(self, fault: str) -> None:
+        with self._faults_lock:
+            self._faults[fault] += 1
 
     async def close(self) -> None:
         """Release connections and the thread; a pull that runs fails."""
@@ -135,23 +149,27 @@ class RemotePools:
             self._channels[address] = grpc.aio.insecure_channel(address, options=channel_options())
         stub: pool_pb2_grpc.PoolNodeAsyncStub = pool_pb2_grpc.PoolNodeStub(self._channels[address])
         left_s = max(0.01, deadline - self._clock.now())
-        theirs = await stub.GetHostTier(pool_pb2.GetHostTierRequest(), timeout=left_s)
+        with self._asking(deadline):
+            theirs = await stub.GetHostTier(pool_pb2.GetHostTierRequest(), timeout=left_s)
+        if theirs.enabled and theirs.layout != tier.spec.layout:
+            self._count(TransferFault.LAYOUT)
         endpoint = _tcp_endpoint(theirs, tier.spec.layout)
         if endpoint is None:
             return 0
         wanted = keys[: at + _MAX_BLOCKS]
-        reply = await stub.HoldPrefix(
-            pool_pb2.HoldPrefixRequest(
-                owner=self._owner,
-                keys=wanted,
-                skip=at,
-                lease_s=_LEASE_S,
-                # The other half is for the bytes.
-                timeout_s=left_s / 2,
-                local_only=True,
-            ),
-            timeout=left_s,
-        )
+        with self._asking(deadline):
+            reply = await stub.HoldPrefix(
+                pool_pb2.HoldPrefixRequest(
+                    owner=self._owner,
+                    keys=wanted,
+                    skip=at,
+                    lease_s=_LEASE_S,
+                    # The other half is for the bytes.
+                    timeout_s=left_s / 2,
+                    local_only=True,
+                ),
+                timeout=left_s,
+            )
         if not reply.hold_id:
             return 0
         try:
@@ -164,6 +182,21 @@ class RemotePools:
             log.warning("the pool node at %s has blocks that do not verify", address)
             self._avoid(address)
         return count
+
+    @contextlib.contextmanager
+    def _asking(self, deadline: float) -> Iterator[None]:
+        """Counts a question that gets no answer. Pulls are counted where they end, on their thread:
+        that may be after the asker gave up."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            self._count(TransferFault.LATE if late else TransferFault.GONE)
+            raise
+        except asyncio.CancelledError:
+            if self._clock.now() >= deadline:
+                self._count(TransferFault.LATE)
+            raise
 
     def _release(self, stub: pool_pb2_grpc.PoolNodeAsyncStub, hold_id: int) -> None:
         """In the background: what has come counts, whether or not the other side still answers."""
@@ -207,11 +240,16 @@ class RemotePools:
             pairs = list(zip(blocks, grants, strict=False))
             copies = [BlockCopy(b.slot, b.generation, g.slot) for b, g in pairs]
             timeout_s = max(0.01, deadline - self._clock.now())
-            self._transport.pull(endpoint, cache, copies, timeout_s=timeout_s)
+            try:
+                self._transport.pull(endpoint, cache, copies, timeout_s=timeout_s)
+            except TransferFailed as error:
+                self._count(error.fault)
+                raise
             filled = []
             for block, grant in pairs:
                 if checksum(cache.block(grant.slot)) != block.checksum:
                     damaged.set()
+                    self._count(TransferFault.CORRUPT)
                     break
                 filled.append((grant.ticket, block.checksum))
             return filled

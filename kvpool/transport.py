@@ -9,6 +9,7 @@ must not be published.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,9 +21,30 @@ __all__ = [
     "KVCache",
     "Receipt",
     "TransferFailed",
+    "TransferFault",
     "Transport",
     "TransportBroken",
 ]
+
+
+class TransferFault(enum.StrEnum):
+    """Why a pull brought nothing; what it is counted by."""
+
+    LATE = "late"
+    """Its time was over."""
+    STALE = "stale"
+    """A block was given to other content, or does not exist."""
+    SHORT = "short"
+    """The answer ended in the middle."""
+    CORRUPT = "corrupt"
+    """Bytes that are not what was sent: a wrong checksum, words that mean nothing, the answer to
+    another request."""
+    GONE = "gone"
+    """The peer is not there (any more), refused, or reset the connection."""
+    LAYOUT = "layout"
+    """The two sides mean other bytes by a block."""
+    OTHER = "other"
+    """Settings that differ, this side's end, a bug."""
 
 
 class TransportBroken(TransferFailed):

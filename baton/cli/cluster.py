@@ -31,8 +31,8 @@ from baton.instance.spec import InstanceSpec
 from controller.actor import controller_actor_class
 from controller.discovery import find_controller
 from kvpool.arena import remove_cluster_files
-from kvpool.host_tier import HostTierSpec
 from kvpool.pool_actor import pool_actor_class
+from kvpool.tier_spec import HostTierSpec
 from protos.serving import channel_options
 
 logger = logging.getLogger(__name__)
@@ -178,6 +178,8 @@ class ClusterRun:
             options["address"] = config.address
         else:
             options |= {
+                # Never one that happens to run here.
+                "address": "local",
                 # One CPU: Ray starts that many idle workers in advance, and ours ask for none.
                 "num_cpus": 1,
                 "include_dashboard": False,
@@ -222,7 +224,7 @@ class ClusterRun:
             actor = (
                 pool_actor_class()
                 .options(
-                    name=f"baton-{config.cluster}-pool-{host}",
+                    name=f"baton-{config.cluster}-pool-{node['NodeID'][:12]}",
                     scheduling_strategy=_affinity(node["NodeID"]),
                 )
                 .remote(

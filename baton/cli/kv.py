@@ -51,14 +51,16 @@ def _ask(admin: AdminClient, address: str, dump: bool) -> pool_pb2.PoolStatus | 
 
 def _devices(status: cluster_pb2.ClusterStatus) -> Table:
     table = Table("instance", "role", title="device tier, in blocks")
-    for title in ("used", "cached", "free", "held", "leases"):
+    for title in ("used", "cached", "free", "held", "leases", "in flight"):
         table.add_column(title, justify="right")
     for item in status.instances:
         if item.state == "dead":
             continue
         used = item.num_blocks - item.num_free_blocks - item.num_cached_blocks
-        numbers = (used, item.num_cached_blocks, item.num_free_blocks, item.num_held)
-        table.add_row(item.instance_id, item.role, *map(str, (*numbers, item.num_leases)))
+        numbers = [used, item.num_cached_blocks, item.num_free_blocks, item.num_held]
+        # Whose KV is on its way here: from a prefill side, or from lower tiers.
+        numbers += [item.num_leases, item.num_pending_kv]
+        table.add_row(item.instance_id, item.role, *map(str, numbers))
     return table
 
 
@@ -77,6 +79,8 @@ def _machines(pools: dict[str, pool_pb2.PoolStatus | None]) -> Table:
         table.add_row(member_id, "host", *_host_row(numbers))
         if "baton_pool_disk_blocks" in numbers:
             table.add_row(member_id, "disk", *_disk_row(numbers))
+        if "baton_pool_external_connected" in numbers:
+            table.add_row(member_id, "external", *_external_row(numbers))
         if numbers["baton_pool_promoted_remote"] or numbers["baton_pool_failed_remote"]:
             fetched = f"{numbers['baton_pool_promoted_remote']:g}"
             table.add_row(member_id, "remote", "", "", "", fetched)
@@ -112,6 +116,19 @@ def _disk_row(numbers: Any) -> list[str]:
     ]
 
 
+def _external_row(numbers: Any) -> list[str]:
+    asked = numbers["baton_pool_promoted_external"] + numbers["baton_pool_failed_external"]
+    return [
+        "" if numbers["baton_pool_external_connected"] else "[red]not reached[/red]",
+        "",
+        f"{numbers['baton_pool_promoted_external'] / asked:.0%}" if asked else "-",
+        f"{numbers['baton_pool_external_stored']:g}",
+        f"{numbers['baton_pool_promoted_external']:g}",
+        f"{numbers['baton_pool_external_refused']:g}",
+        "",
+    ]
+
+
 def _prefixes(pools: dict[str, pool_pb2.PoolStatus | None]) -> Table:
     table = Table("pool node", "prefix (last block's key)", title="most asked for")
     for title in ("blocks", "lookups"):
@@ -135,6 +152,7 @@ def _plain(
                 "num_free_blocks": item.num_free_blocks,
                 "num_held": item.num_held,
                 "num_leases": item.num_leases,
+                "num_pending_kv": item.num_pending_kv,
             }
             for item in status.instances
             if item.state != "dead"

@@ -142,6 +142,35 @@ FetchPolicy = Literal["auto", "always", "never"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ExternalConfig:
+    """A Mooncake Store as the lowest tier of the KV pool."""
+
+    master: str | None = None
+    """host:port of its master; none by default."""
+    metadata: str = "P2PHANDSHAKE"
+    """URL of its metadata server, or P2PHANDSHAKE for none."""
+    protocol: str = "tcp"
+    """Of Mooncake; others than tcp are untested."""
+    device: str = ""
+    segment_bytes: int = 0
+    """Memory of each machine's pool node that the store may fill; with 0 all of it is elsewhere."""
+    batch_bytes: int = 16 * 1024 * 1024
+    """Moved at a time, and the largest block."""
+    timeout_s: float = 1.0
+    """Of each call. One that is late is a miss."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_bytes", "timeout_s")
+        if self.segment_bytes < 0:
+            raise ValueError(f"segment_bytes must not be negative, got {self.segment_bytes}")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a store."""
+        return self.master is not None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PoolConfig:
     """The tiers of the KV pool below the instances' own caches, of each machine."""
 
@@ -161,6 +190,7 @@ class PoolConfig:
     spill_after_s: float = 1.0
     """A finished prefill whose decode side has not taken its blocks for so long moves them to the
     host tier, when others need the memory."""
+    external: ExternalConfig = dataclasses.field(default_factory=ExternalConfig)
 
     def __post_init__(self) -> None:
         _positive(self, "disk_bytes", "lease_s", "spill_after_s")
@@ -168,6 +198,8 @@ class PoolConfig:
             raise ValueError(f"host_bytes must not be negative, got {self.host_bytes}")
         if self.disk_path is not None and not self.host_bytes:
             raise ValueError("disk_path needs a host tier: host_bytes is 0")
+        if self.external.enabled and not self.host_bytes:
+            raise ValueError("external needs a host tier: host_bytes is 0")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -253,6 +285,11 @@ class ServeConfig:
             )
         if self.store != "memory" and not self.store.startswith(("redis://", "rediss://")):
             raise ValueError(f"store must be memory or redis://..., got {self.store!r}")
+        if self.pool.host_bytes and self.pool.lease_s <= self.handoff.lease_s / 3:
+            raise ValueError(
+                "pool.lease_s must be longer than a third of handoff.lease_s, as often as which "
+                f"leases are renewed: {self.pool.lease_s} and {self.handoff.lease_s}"
+            )
         for name in ("http_port", "grpc_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{name} must be between 0 and 65535, got {getattr(self, name)}")

@@ -141,10 +141,25 @@ class Fenced(BatonError):
 
 
 class TransferFailed(BatonError):
-    """KV bytes did not arrive in time or did not verify; the receiver recomputes."""
+    """KV bytes did not arrive in time or did not verify; the receiver recomputes.
+
+    ``fault``: a word of ``kvpool.transport.TransferFault``, by which it is counted.
+    """
 
     code = Code.TRANSFER_FAILED
     retryable = True
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        stage: Stage = Stage.GATEWAY,
+        param: str | None = None,
+        code: Code | None = None,
+        fault: str = "other",
+    ) -> None:
+        super().__init__(message, stage=stage, param=param, code=code)
+        self.fault = fault
 
 
 class InstanceLost(BatonError):

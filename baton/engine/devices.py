@@ -40,6 +40,7 @@ _NO_MEMORY = (
     "could not execute a primitive",
 )
 _PROBED_ROWS = (97, 101, 103, 107)
+_LOOKS, _STEADY_BYTES = 4, 1 << 20
 _ACCELERATOR_SHARE = 0.95
 """Of an accelerator's memory, where nothing else is said: drivers need some for themselves."""
 
@@ -148,7 +149,20 @@ class CpuMemory:
         self._kernels = next(entry.size for entry in entries if entry.tag == "runtime.heap")
 
     def account(self, held: Mapping[str, Sequence[Tensor]]) -> tuple[list[MemoryEntry], int]:
-        """See ``DeviceMemory``. Files that were mapped count as far as they are resident."""
+        """See ``DeviceMemory``. Files that were mapped count as far as they are resident.
+
+        Looked at again, a few times at most, where memory changed meanwhile: steps go on, and what
+        one gives back between two looks would be missing from the second.
+        """
+        for _ in range(_LOOKS):
+            before = process_memory().total
+            entries = self._entries(held)
+            after = process_memory().total
+            if abs(after - before) <= _STEADY_BYTES:
+                break
+        return entries, after - self._imports.total
+
+    def _entries(self, held: Mapping[str, Sequence[Tensor]]) -> list[MemoryEntry]:
         entries = []
         pieces = _pieces(held)
         taken: list[tuple[int, int]] = []
@@ -173,7 +187,7 @@ class CpuMemory:
             _grown("runtime.stacks", grown.get("stack", 0)),
             _grown("shared", grown.get("shared", 0)),
         ]
-        return entries, process_memory().total - self._imports.total
+        return entries
 
 
 class AcceleratorMemory:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from baton.core.errors import (
     Aborted,
@@ -90,12 +90,8 @@ class InferenceService:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._metrics = metrics
         self._open: dict[str, _Open] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self._closed = False
-
-    @property
-    def num_open(self) -> int:
-        """Requests being served."""
-        return len(self._open)
 
     def check_free(self, request_id: str, *, param: str) -> None:
         """Raises InvalidRequest while another open request has this id."""
@@ -150,12 +146,19 @@ class InferenceService:
             record.fail(error)
             raise
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            del self._open[request.request_id]
-            record.close(clock.now(), self._metrics)
-            self._around.cluster.report(record.to_outcome())
+            ending = asyncio.create_task(self._end(record, tasks))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+            # A client that goes away at its last token cancels this wait, but not the end itself.
+            await asyncio.shield(ending)
+
+    async def _end(self, record: RequestRecord, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        del self._open[record.request.request_id]
+        record.close(self._around.clock.now(), self._metrics)
+        self._around.cluster.report(record.to_outcome())
 
     async def _next(self, opened: _Open, deadline_s: float) -> ChoiceDelta | BatonError:
         try:

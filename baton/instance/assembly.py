@@ -31,6 +31,7 @@ class InstanceParts:
     loop: EngineLoop[Any, Any]
     prefill: PrefillWorker
     decode: DecodeWorker
+    transports: TransportSet
     pool: PoolSide | None = None
 
     async def stop(self) -> None:
@@ -106,7 +107,7 @@ def assemble(
         pull_timeout_s=handoff.pull_timeout_s,
     )
     instance.attach(prefill=prefill, decode=decode, wake=loop.wake, on_empty=on_empty, pool=side)
-    return InstanceParts(instance, loop, prefill, decode, side)
+    return InstanceParts(instance, loop, prefill, decode, transports, side)
 
 
 def _short_of_blocks(engine: StepEngine[AnyPlan, AnyResult]) -> bool:

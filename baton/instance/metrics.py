@@ -1,9 +1,11 @@
-"""An instance's metrics, read at scrape time on its own event loop, so that nothing is torn."""
+"""An instance's metrics, read at scrape time on its own event loop, so that nothing is torn.
+
+Those of its side of the pool are in ``pool_metrics.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry
@@ -11,29 +13,22 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from baton.core.cluster import Role
-from baton.engine.loop import EngineLoop
-from baton.instance.instance import Instance
+from baton.instance.assembly import InstanceParts
+from baton.instance.pool_metrics import PoolSideCollector
 from baton.instance.roles import RoleSwitch
-from decode_worker.worker import DecodeWorker
-from prefill_worker.worker import PrefillWorker
+from kvpool.transport import TransferFault
+from kvpool.transports import NO_TRANSPORT
 
 
 class InstanceCollector(Collector):
     """Reads the parts of an instance; keeps no copies of its own."""
 
-    def __init__(
-        self,
-        instance: Instance,
-        loop: EngineLoop[Any, Any],
-        prefill: PrefillWorker,
-        decode: DecodeWorker,
-        process: psutil.Process,
-        role: RoleSwitch,
-    ) -> None:
-        self._instance = instance
-        self._loop = loop
-        self._prefill = prefill
-        self._decode = decode
+    def __init__(self, parts: InstanceParts, process: psutil.Process, role: RoleSwitch) -> None:
+        self._instance = parts.instance
+        self._loop = parts.loop
+        self._prefill = parts.prefill
+        self._decode = parts.decode
+        self._transports = parts.transports
         self._process = process
         self._role = role
 
@@ -41,6 +36,7 @@ class InstanceCollector(Collector):
         """See ``prometheus_client``."""
         yield from self._gauges()
         yield from self._counters()
+        yield from self._transfers()
 
     def _gauges(self) -> Iterable[Metric]:
         instance = self._instance
@@ -109,12 +105,6 @@ class InstanceCollector(Collector):
         ):
             handoffs.add_metric((side, result), count)
         yield handoffs
-        pulls = CounterMetricFamily(
-            "baton_kv_pulls", "Pulls that verified, by transport.", labels=("transport",)
-        )
-        for transport in ("shm", "tcp", "loopback"):
-            pulls.add_metric((transport,), decode.num_pulls[transport])
-        yield pulls
         for name, text, value in (
             ("baton_prompt_tokens", "Prompt tokens of requests begun.", totals.num_prompt_tokens),
             ("baton_cached_tokens", "Prompt tokens found in cache.", totals.num_cached_tokens),
@@ -131,16 +121,32 @@ class InstanceCollector(Collector):
         ):
             yield CounterMetricFamily(name, text, value=float(value))
 
+    def _transfers(self) -> Iterable[Metric]:
+        names = self._transports.names
+        pulls = CounterMetricFamily(
+            "baton_kv_pulls", "Pulls that verified, by transport.", labels=("transport",)
+        )
+        for name in names:
+            pulls.add_metric((name,), self._decode.counters.num_pulls[name])
+        yield pulls
+        faults = CounterMetricFamily(
+            "baton_kv_transfer_faults",
+            "Attempts to pull that failed, mended by another transport or not.",
+            labels=("transport", "fault"),
+        )
+        counted = self._transports.faults
+        for name in (*names, NO_TRANSPORT):
+            for fault in TransferFault:
+                faults.add_metric((name, fault), counted.get((name, fault), 0))
+        yield faults
+
 
 def make_registry(
-    instance: Instance,
-    loop: EngineLoop[Any, Any],
-    prefill: PrefillWorker,
-    decode: DecodeWorker,
-    process: psutil.Process,
-    role: RoleSwitch,
+    parts: InstanceParts, process: psutil.Process, role: RoleSwitch
 ) -> CollectorRegistry:
     """A registry of its own: several instances may live in one test process."""
     registry = CollectorRegistry()
-    registry.register(InstanceCollector(instance, loop, prefill, decode, process, role))
+    registry.register(InstanceCollector(parts, process, role))
+    if parts.pool is not None:
+        registry.register(PoolSideCollector(parts.pool, parts.prefill))
     return registry

@@ -14,7 +14,7 @@ import concurrent.futures
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from baton.core.blocks import BlockKey
 from baton.engine.events import Reserved
@@ -42,6 +42,8 @@ class _Fetch:
     asking: bool = True
     loading: bool = False
     aborted: bool = False
+    doubtful: BlockKey | None = None
+    """Of the block that did not verify."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -97,6 +99,11 @@ class PrefixFetcher:
             _NUM_THREADS, thread_name_prefix="kv-fetch"
         )
         self.counters = FetchCounters()
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        """Fetches that ended at a bad block, by ``kvpool.transport.TransferFault``."""
+        return self._mover.faults
 
     @property
     def num_open(self) -> int:
@@ -206,6 +213,7 @@ class PrefixFetcher:
                 self.rule.fetched(count, seconds)
             if count < len(slots):
                 self.counters.num_corrupt += 1
+                fetch.doubtful = fetch.keys[fetch.num_cached + count]
             found = collections.Counter(slot.tier for slot in slots[:count])
             self.counters.num_blocks.update(found)
             if found and not fetch.aborted:
@@ -223,7 +231,7 @@ class PrefixFetcher:
         if self._fetches.get(sequence_id) is fetch:
             del self._fetches[sequence_id]
         if fetch.hold is not None:
-            self._link.release(fetch.hold.hold_id)
+            self._link.release(fetch.hold.hold_id, fetch.doubtful)
         if fetch.aborted:
             self._hooks.engine_abort(sequence_id)
             return

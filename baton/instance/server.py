@@ -256,9 +256,7 @@ class InstanceServer:
 
     async def _serve(self) -> None:
         parts = self.parts
-        registry = make_registry(
-            parts.instance, parts.loop, parts.prefill, parts.decode, self._process, self.role
-        )
+        registry = make_registry(parts, self._process, self.role)
         metrics = HttpServer(make_asgi_app(registry), host=self.spec.host, setting="metrics port")
         self._exit.push_async_callback(metrics.stop)
         self._metrics_address = await metrics.start()

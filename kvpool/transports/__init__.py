@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from baton.core.config import TlsConfig
 from baton.core.errors import ConfigError
@@ -18,6 +19,7 @@ from kvpool.transport import (
     KVCache,
     Receipt,
     TransferFailed,
+    TransferFault,
     Transport,
     TransportBroken,
 )
@@ -26,6 +28,7 @@ from kvpool.transports.blocks import (
     check_layouts,
     check_targets,
     failed,
+    late,
     plan_between,
     runs,
 )
@@ -35,10 +38,12 @@ from kvpool.transports.mooncake import MooncakeTransport
 from kvpool.transports.shm import ShmTransport
 from kvpool.transports.tcp import TcpTransport
 
-__all__ = ["TransportSet", "choose", "make_transports"]
+__all__ = ["NO_TRANSPORT", "TransportSet", "choose", "make_transports"]
 
 log = logging.getLogger(__name__)
 
+NO_TRANSPORT = "none"
+"""What a pull is counted under for which no transport was found."""
 _MAX_PEERS = 256
 SCRATCH_BYTES = 4 << 20
 """One frame of tcp. More is slower: new memory costs more than another round."""
@@ -87,7 +92,8 @@ def choose(
     offered = ", ".join(f"{endpoint.transport} at {endpoint.address}" for endpoint in endpoints)
     raise broken(
         f"no transport reaches the peer: it offers {offered or 'none'}, this side has"
-        f" {', '.join(transport.name for transport in transports) or 'none left'}"
+        f" {', '.join(transport.name for transport in transports) or 'none left'}",
+        TransferFault.GONE,
     )
 
 
@@ -106,7 +112,20 @@ class TransportSet:
         self._chosen: collections.OrderedDict[tuple[Endpoint, ...], tuple[Transport, Endpoint]] = (
             collections.OrderedDict()
         )
+        self._faults: collections.Counter[tuple[str, str]] = collections.Counter()
         self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The transports, best first."""
+        return tuple(transport.name for transport in self._transports)
+
+    @property
+    def faults(self) -> dict[tuple[str, str], int]:
+        """Attempts that failed since the start, those that another transport mended included, by
+        transport (``NO_TRANSPORT`` if there was none) and ``TransferFault``. From any thread."""
+        with self._lock:
+            return dict(self._faults)
 
     def endpoints(self, cache: KVCache) -> list[Endpoint]:
         """Export the cache on every transport that can. Call once.
@@ -120,7 +139,10 @@ class TransportSet:
             except TransferFailed as error:
                 log.info("not exported over %s: %s", transport.name, error.message)
         if not exported:
-            raise failed("the cache cannot be exported over any transport of this instance")
+            raise failed(
+                "the cache cannot be exported over any transport of this instance",
+                TransferFault.OTHER,
+            )
         return exported
 
     def pull(
@@ -138,7 +160,8 @@ class TransportSet:
         """
         started = time.monotonic()
         key = tuple(endpoints)
-        plan = plan_between(key[0].layout, cache.layout) if key else None
+        with self._counting(NO_TRANSPORT):
+            plan = plan_between(key[0].layout, cache.layout) if key else None
         if plan is None:
             return self._pull(key, cache, copies, started, timeout_s)
         return self._pull_resharded(plan, key, cache, copies, started, timeout_s)
@@ -153,10 +176,12 @@ class TransportSet:
     ) -> Receipt:
         candidates = self._transports
         while True:
-            transport, endpoint = self._choice(key, candidates, cache.layout)
-            left = _left(started, timeout_s)
+            with self._counting(NO_TRANSPORT):
+                transport, endpoint = self._choice(key, candidates, cache.layout)
             try:
-                return transport.pull(endpoint, cache, copies, timeout_s=left)
+                with self._counting(transport.name):
+                    left = _left(started, timeout_s)
+                    return transport.pull(endpoint, cache, copies, timeout_s=left)
             except TransportBroken as error:
                 with self._lock:
                     self._chosen.pop(key, None)
@@ -191,7 +216,8 @@ class TransportSet:
                 for first, count in runs([copy.dst for copy in part]):
                     plan.apply(scratch.run(done, count), cache.run(first, count))
                     done += count
-                _left(started, timeout_s)
+                with self._counting(name):
+                    _left(started, timeout_s)
         finally:
             scratch.close()
         return Receipt(
@@ -215,6 +241,17 @@ class TransportSet:
         for transport in self._transports:
             transport.close()
 
+    @contextlib.contextmanager
+    def _counting(self, transport: str) -> Iterator[None]:
+        """What fails within it is counted, and raised."""
+        try:
+            yield
+        except Exception as error:
+            fault = error.fault if isinstance(error, TransferFailed) else TransferFault.OTHER
+            with self._lock:
+                self._faults[transport, fault] += 1
+            raise
+
     def _choice(
         self, key: tuple[Endpoint, ...], candidates: Sequence[Transport], layout: str
     ) -> tuple[Transport, Endpoint]:
@@ -236,5 +273,5 @@ def _left(started: float, timeout_s: float) -> float:
     """Seconds of the pull that are left. Raises TransferFailed when none are."""
     left = started + timeout_s - time.monotonic()
     if left <= 0:
-        raise failed(f"the pull took longer than {timeout_s:g} s")
+        raise late(timeout_s)
     return left

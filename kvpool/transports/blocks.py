@@ -12,7 +12,13 @@ from baton.core.errors import Stage
 from kvpool.arena import BlockArena
 from kvpool.layout import KVLayout
 from kvpool.reshard import ReshardPlan, plan_reshard
-from kvpool.transport import BlockCopy, KVCache, TransferFailed, TransportBroken
+from kvpool.transport import (
+    BlockCopy,
+    KVCache,
+    TransferFailed,
+    TransferFault,
+    TransportBroken,
+)
 
 _SLICE_BYTES = 64 << 20
 """Between two looks at the clock."""
@@ -21,14 +27,20 @@ Budget = Callable[[], float]
 """Seconds that the next operation may take. Raises TimeoutError when none are left."""
 
 
-def failed(message: str) -> TransferFailed:
+def failed(message: str, fault: TransferFault) -> TransferFailed:
     """A failure that every transport would meet."""
-    return TransferFailed(message, stage=Stage.HANDOFF)
+    return TransferFailed(message, stage=Stage.HANDOFF, fault=fault)
 
 
-def broken(message: str) -> TransportBroken:
+def late(timeout_s: float, address: str = "") -> TransferFailed:
+    """A pull whose time is over; ``address``: where from, if that is not this machine."""
+    where = f" from {address}" if address else ""
+    return failed(f"the pull{where} took longer than {timeout_s:g} s", TransferFault.LATE)
+
+
+def broken(message: str, fault: TransferFault) -> TransportBroken:
     """A failure of this way to the peer."""
-    return TransportBroken(message, stage=Stage.HANDOFF)
+    return TransportBroken(message, stage=Stage.HANDOFF, fault=fault)
 
 
 def budget_until(deadline: float) -> Budget:
@@ -46,7 +58,7 @@ def budget_until(deadline: float) -> Budget:
 def check_layouts(theirs: str, ours: str) -> None:
     """Raise TransferFailed unless both sides mean the same bytes."""
     if theirs != ours:
-        raise failed(_differ(theirs, ours))
+        raise failed(_differ(theirs, ours), TransferFault.LAYOUT)
 
 
 def plan_between(theirs: str, ours: str) -> ReshardPlan | None:
@@ -61,7 +73,8 @@ def plan_between(theirs: str, ours: str) -> ReshardPlan | None:
     except ValueError as error:
         raise failed(
             f"{_differ(theirs, ours)}, and only the number of shards may: {error};"
-            " serve the same model with the same dtype and block size on both"
+            " serve the same model with the same dtype and block size on both",
+            TransferFault.LAYOUT,
         ) from None
 
 
@@ -104,11 +117,15 @@ def check_generation_table(
         return
     for block, wanted in zip(blocks.tolist(), generations.tolist(), strict=True):
         if not 0 <= block < cache.num_blocks:
-            raise failed(f"the peer has no block {block}, only {cache.num_blocks}")
+            raise failed(
+                f"the peer has no block {block}, only {cache.num_blocks}", TransferFault.STALE
+            )
         found = cache.generation(block)
         if found != wanted:
             raise failed(
-                f"block {block} was given to other content {when}: generation {found}, not {wanted}"
+                f"block {block} was given to other content {when}: generation {found}, not"
+                f" {wanted}",
+                TransferFault.STALE,
             )
 
 

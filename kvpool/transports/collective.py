@@ -11,13 +11,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Sequence
 
-from kvpool.checksum import checksum
-from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFailed
+from kvpool.transport import (
+    BlockCopy,
+    Endpoint,
+    KVCache,
+    Receipt,
+    TransferFailed,
+    TransferFault,
+    TransportBroken,
+)
 from kvpool.transports import collective_wire as wire
 from kvpool.transports.blocks import (
     Budget,
@@ -26,8 +32,10 @@ from kvpool.transports.blocks import (
     check_layouts,
     check_targets,
     failed,
+    late,
 )
-from kvpool.transports.collective_pair import Lane, PairGroups, scatter, slice_sizes, slices
+from kvpool.transports.collective_pair import Lane, PairGroups
+from kvpool.transports.collective_reader import Pair, connect
 from kvpool.transports.collective_server import PairServer
 
 _PROBE_S = 1.0
@@ -37,6 +45,12 @@ END_S = 1.0
 
 _FATAL = {wire.Status.TOKEN, wire.Status.BACKEND, wire.Status.BUSY}
 """Another transport may do better."""
+_REFUSALS = {
+    wire.Status.STALE: TransferFault.STALE,
+    wire.Status.LAYOUT: TransferFault.LAYOUT,
+    wire.Status.TOKEN: TransferFault.GONE,
+    wire.Status.BUSY: TransferFault.GONE,
+}
 
 
 class CollectiveTransport:
@@ -100,7 +114,7 @@ class CollectiveTransport:
         """Ask the exporter whether it is the one meant; at most a second, and without a group."""
         budget = budget_until(time.monotonic() + _PROBE_S)
         try:
-            with contextlib.closing(_connect(endpoint.address, budget)) as sock:
+            with contextlib.closing(connect(endpoint.address, budget)) as sock:
                 backend = self._groups.backend
                 wire.send_hello(sock, endpoint.token, backend, 0, endpoint.layout, budget)
                 return wire.receive_reply(sock, budget)[0] is wire.Status.OK
@@ -118,14 +132,19 @@ class CollectiveTransport:
         check_targets(cache, copies)
         check_layouts(endpoint.layout, cache.layout)
         if copies:
+            deadline = started + timeout_s
             try:
-                self._pull(endpoint, cache, copies, budget_until(started + timeout_s))
+                self._pull(endpoint, cache, copies, budget_until(deadline))
             except TimeoutError:
-                raise failed(
-                    f"the pull from {endpoint.address} took longer than {timeout_s:g} s"
-                ) from None
-            except (OSError, wire.BadMessage) as error:
-                raise broken(f"the transfer from {endpoint.address} failed: {error}") from error
+                raise late(timeout_s, endpoint.address) from None
+            except wire.BadMessage as error:
+                raise _broken(endpoint, error, TransferFault.CORRUPT) from error
+            except OSError as error:
+                # An exporter that gave up at the deadline says no more than that.
+                if time.monotonic() >= deadline:
+                    raise late(timeout_s, endpoint.address) from None
+                # Of a peer that ends, connection and group tell in no order: it is gone.
+                raise _broken(endpoint, error, TransferFault.GONE) from error
         return Receipt(
             num_blocks=len(copies),
             num_bytes=len(copies) * cache.block_bytes,
@@ -170,7 +189,7 @@ class CollectiveTransport:
         """One pull, on the pair that there is, if there is one.
 
         That one may have ended unnoticed (the exporter restarted, or needed its place): an error
-        there says nothing, and a fresh pair is tried, once.
+        there before the answer says nothing, and a fresh pair is tried, once.
         """
         seat = self._take(endpoint, budget)
         keep = False
@@ -182,13 +201,15 @@ class CollectiveTransport:
                 except TimeoutError:
                     raise
                 except OSError:
+                    if seat.pair.begun:
+                        raise
                     self._end(seat)
             if answer is None:
-                pair = _Pair(_connect(endpoint.address, budget))
+                pair = Pair(connect(endpoint.address, budget))
                 with self._changed:
                     seat.pair = pair
                     if self._closed:
-                        raise broken("the transport is closed")
+                        raise broken("the transport is closed", TransferFault.OTHER)
                 answer = pair.meet(endpoint, self._groups, self._end_s, budget)
                 if answer[0] is wire.Status.OK:
                     answer = pair.pull(cache, copies, budget)
@@ -198,14 +219,15 @@ class CollectiveTransport:
             self._leave(endpoint, seat, keep=keep)
         if status is not wire.Status.OK:
             text = f"{endpoint.address} refused: {message}"
-            raise broken(text) if status in _FATAL else failed(text)
+            fault = _REFUSALS.get(status, TransferFault.OTHER)
+            raise broken(text, fault) if status in _FATAL else failed(text, fault)
 
     def _take(self, endpoint: Endpoint, budget: Budget) -> _Seat:
         """The exporter's seat, for this thread alone. Raises TransportBroken, TimeoutError."""
         while True:
             with self._changed:
                 if self._closed:
-                    raise broken("the transport is closed")
+                    raise broken("the transport is closed", TransferFault.OTHER)
                 seat = self._seats.get(endpoint)
                 if seat is not None and not seat.taken:
                     seat.taken = True
@@ -215,7 +237,10 @@ class CollectiveTransport:
                 if seat is None:
                     self._stuck = [lane for lane in self._stuck if lane.alive]
                     if len(self._stuck) >= self._max_pairs:
-                        raise broken("all groups are stuck in their back end: restart the instance")
+                        raise broken(
+                            "all groups are stuck in their back end: restart the instance",
+                            TransferFault.OTHER,
+                        )
                     if len(self._seats) + len(self._stuck) < self._max_pairs:
                         seat = self._seats[endpoint] = _Seat()
                         return seat
@@ -252,94 +277,8 @@ class _Seat:
     def __init__(self) -> None:
         self.taken = True
         self.forgotten = False
-        self.pair: _Pair | None = None
+        self.pair: Pair | None = None
 
 
-class _Pair:
-    """A connection to an exporter and, after ``meet``, the group beside it."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._slice_bytes = 0
-        self._ended = False
-        self._lock = threading.Lock()
-        self.lane: Lane | None = None
-
-    def meet(
-        self, endpoint: Endpoint, groups: PairGroups, end_s: float, budget: Budget
-    ) -> tuple[wire.Status, str]:
-        """Introduce this side and make the group."""
-        hello = (endpoint.token, groups.backend, groups.slice_bytes, endpoint.layout)
-        wire.send_hello(self._sock, *hello, budget)
-        status, message = wire.receive_reply(self._sock, budget)
-        if status is not wire.Status.OK:
-            return status, message
-        size, _, address = message.partition(" ")
-        if not size.isdecimal() or not 0 < int(size) <= groups.slice_bytes:
-            raise wire.BadMessage(f"slices of {size!r} bytes")
-        self._slice_bytes = int(size)
-        name = f"kv-collective-{endpoint.address}"
-        lane = Lane(lambda: groups.join(address, budget()), self._sock, name, end_s)
-        with self._lock:
-            self.lane = lane
-            ended = self._ended
-        if ended:
-            lane.end()
-        lane.joined(budget)
-        return status, ""
-
-    def pull(
-        self, cache: KVCache, copies: Sequence[BlockCopy], budget: Budget
-    ) -> tuple[wire.Status, str]:
-        """Raises OSError, BadMessage: the pair is of no more use."""
-        wire.send_pull(self._sock, copies, cache.block_bytes, budget)
-        status, message = wire.receive_reply(self._sock, budget)
-        if status is not wire.Status.OK:
-            return status, message
-        self._receive_blocks(cache, copies, budget)
-        return wire.receive_reply(self._sock, budget)
-
-    def _receive_blocks(self, cache: KVCache, copies: Sequence[BlockCopy], budget: Budget) -> None:
-        lane = self.lane
-        assert lane is not None, "meet comes first"
-        slots = lane.slots
-        sizes = slice_sizes(len(copies) * cache.block_bytes, self._slice_bytes)
-        targets = slices(cache, [copy.dst for copy in copies], self._slice_bytes)
-        for slot, size in enumerate(sizes[: len(slots)]):
-            lane.receive(slot, size, budget)
-        for index, size in enumerate(sizes):
-            slot = index % len(slots)
-            # First the checksum: if the exporter is gone, its connection tells at once, which
-            # not every back end does.
-            told = wire.receive(self._sock, wire.CHECKSUM.size, budget)
-            lane.finish(budget)
-            if wire.CHECKSUM.unpack(told)[0] != checksum(slots[slot][:size]):
-                raise wire.BadMessage(f"slice {index} arrived with a wrong checksum")
-            scatter(slots[slot], next(targets))
-            if index + len(slots) < len(sizes):
-                lane.receive(slot, sizes[index + len(slots)], budget)
-
-    def shut(self) -> None:
-        """Wake the thread that uses it; from any thread."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        with self._lock:
-            self._ended = True
-            lane = self.lane
-        if lane is not None:
-            lane.end()
-
-    def end(self) -> bool:
-        """Abort the group, close all; False if the group's back end does not let go."""
-        ended = self.lane is None or self.lane.end()
-        self._sock.close()
-        return ended
-
-
-def _connect(address: str, budget: Budget) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise broken(f"{address!r} is not host:port")
-    sock = socket.create_connection((host.strip("[]"), int(port)), timeout=budget())
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
+def _broken(endpoint: Endpoint, error: Exception, fault: TransferFault) -> TransportBroken:
+    return broken(f"the transfer from {endpoint.address} failed: {error}", fault)

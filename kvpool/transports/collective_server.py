@@ -17,6 +17,7 @@ from kvpool.transport import BlockCopy, KVCache, TransferFailed
 from kvpool.transports import collective_wire as wire
 from kvpool.transports.blocks import Budget, budget_until, check_generations
 from kvpool.transports.collective_pair import Lane, PairGroups, gather, slices
+from kvpool.transports.tcp_wire import last_number
 
 log = logging.getLogger(__name__)
 
@@ -224,11 +225,12 @@ class PairServer:
                 raise wire.BadMessage(f"a pull of {pull.num_copies} blocks")
             copies = wire.receive_copies(connection, pull.num_copies, budget)
             status, message = self._check(pull, copies)
-            wire.send_reply(connection, status, message, budget)
+            wire.send_reply(connection, status, message, budget, pull.number)
             if status is wire.Status.OK:
                 self._send_blocks(connection, lane, slice_bytes, copies, budget)
                 status, message = self._check_generations(copies, "during the pull")
-                wire.send_reply(connection, status, message, budget)
+                number = last_number(pull.number)
+                wire.send_reply(connection, status, message, budget, number)
         finally:
             self._rest(peer)
 

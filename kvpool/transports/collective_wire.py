@@ -10,7 +10,9 @@ Little-endian::
               per slice: xxh3-64 of its bytes as uint64; the bytes themselves go through the group
               REPLY, message             OK: all generations are unchanged after the last byte
 
-A hello of ``slice_bytes`` 0 asks only whether the exporter is the one that is meant.
+A pull has a random number, which the first reply to it repeats; the last one has the number after
+it. So what comes twice, or is left of another pull, is not taken for an answer; replies to a hello
+have number 0. A hello of ``slice_bytes`` 0 asks only whether the exporter is the one that is meant.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from kvpool.transport import BlockCopy
 from kvpool.transports.blocks import Budget
 
 MAGIC = b"BKVG"
-VERSION = 1
+VERSION = 2
 MAX_LAYOUT_BYTES = 1024
 MAX_MESSAGE_BYTES = 1024
 
 # magic, version, token, back end, bytes per slice, budget in ms, length of layout
 HELLO = struct.Struct("<4sB32s16sIIH")
-# number of copies, bytes per block, budget in ms
-PULL = struct.Struct("<IQI")
-# magic, version, status, length of message
-REPLY = struct.Struct("<4sBBH")
+# number of copies, bytes per block, budget in ms, number
+PULL = struct.Struct("<IQIQ")
+# magic, version, status, length of message, number
+REPLY = struct.Struct("<4sBBHQ")
 CHECKSUM = struct.Struct("<Q")
 _COPY = np.dtype([("block", "<u4"), ("generation", "<u8")])
 _MAX_MS = 2**32 - 1
@@ -76,6 +78,7 @@ class Pull:
     num_copies: int
     block_bytes: int
     budget_s: float
+    number: int
 
 
 def send_hello(
@@ -107,20 +110,25 @@ def receive_hello(sock: socket.socket, budget: Budget) -> Hello:
 
 
 def send_pull(
-    sock: socket.socket, copies: Sequence[BlockCopy], block_bytes: int, budget: Budget
+    sock: socket.socket,
+    copies: Sequence[BlockCopy],
+    block_bytes: int,
+    number: int,
+    budget: Budget,
 ) -> None:
     """Ask for blocks."""
     table = np.empty(len(copies), dtype=_COPY)
     table["block"] = [copy.src for copy in copies]
     table["generation"] = [copy.generation for copy in copies]
-    fixed = PULL.pack(len(copies), block_bytes, _milliseconds(budget))
+    fixed = PULL.pack(len(copies), block_bytes, _milliseconds(budget), number)
     send(sock, fixed + table.tobytes(), budget)
 
 
 def receive_pull(sock: socket.socket, budget: Budget) -> Pull:
     """Read what is asked for, without the copies."""
-    num_copies, block_bytes, milliseconds = PULL.unpack(receive(sock, PULL.size, budget))
-    return Pull(num_copies, block_bytes, milliseconds / 1000)
+    fixed = PULL.unpack(receive(sock, PULL.size, budget))
+    num_copies, block_bytes, milliseconds, number = fixed
+    return Pull(num_copies, block_bytes, milliseconds / 1000, number)
 
 
 def receive_copies(sock: socket.socket, num_copies: int, budget: Budget) -> list[BlockCopy]:
@@ -130,19 +138,24 @@ def receive_copies(sock: socket.socket, num_copies: int, budget: Budget) -> list
     return [BlockCopy(src=block, generation=generation, dst=0) for block, generation in pairs]
 
 
-def send_reply(sock: socket.socket, status: Status, message: str, budget: Budget) -> None:
-    """A reply with its message."""
+def send_reply(
+    sock: socket.socket, status: Status, message: str, budget: Budget, number: int = 0
+) -> None:
+    """A reply with its message. ``number``: of the pull that it answers."""
     text = message.encode()[:MAX_MESSAGE_BYTES]
-    send(sock, REPLY.pack(MAGIC, VERSION, status, len(text)) + text, budget)
+    send(sock, REPLY.pack(MAGIC, VERSION, status, len(text), number) + text, budget)
 
 
-def receive_reply(sock: socket.socket, budget: Budget) -> tuple[Status, str]:
-    """Read a reply. Raises BadMessage, ConnectionError, TimeoutError."""
-    magic, version, status, length = REPLY.unpack(receive(sock, REPLY.size, budget))
+def receive_reply(sock: socket.socket, budget: Budget, number: int = 0) -> tuple[Status, str]:
+    """Read the reply to pull ``number``. Raises BadMessage, ConnectionError, TimeoutError."""
+    fixed = REPLY.unpack(receive(sock, REPLY.size, budget))
+    magic, version, status, length, replied_to = fixed
     if magic != MAGIC or version != VERSION:
         raise BadMessage(f"the peer does not speak version {VERSION} of this protocol")
     if status not in Status._value2member_map_ or length > MAX_MESSAGE_BYTES:
         raise BadMessage(f"the peer sent a reply of status {status} and {length} bytes")
+    if replied_to != number:
+        raise BadMessage("the peer sent the answer to another pull")
     message = receive(sock, length, budget).decode(errors="replace")
     return Status(status), message
 

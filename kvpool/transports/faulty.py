@@ -7,7 +7,7 @@ import enum
 import threading
 from collections.abc import Iterable, Sequence
 
-from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, Transport
+from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFault, Transport
 from kvpool.transports.blocks import broken, failed
 
 
@@ -54,22 +54,31 @@ class FaultyTransport:
             case Fault.NONE:
                 return self._inner.pull(endpoint, cache, copies, timeout_s=timeout_s)
             case Fault.FAIL:
-                raise broken("scripted: connection refused")
+                raise broken("scripted: connection refused", TransferFault.GONE)
             case Fault.STALL:
                 self._closed.wait(timeout_s)
-                raise failed(f"scripted: the pull took longer than {timeout_s:g} s")
+                raise failed(
+                    f"scripted: the pull took longer than {timeout_s:g} s", TransferFault.LATE
+                )
             case Fault.SHORT:
                 half = copies[: len(copies) // 2]
                 self._inner.pull(endpoint, cache, half, timeout_s=timeout_s)
-                raise broken(f"scripted: {len(half)} of {len(copies)} blocks arrived")
+                raise broken(
+                    f"scripted: {len(half)} of {len(copies)} blocks arrived", TransferFault.SHORT
+                )
             case Fault.CORRUPT:
                 self._inner.pull(endpoint, cache, copies, timeout_s=timeout_s)
                 if copies:
                     cache.block(copies[-1].dst)[-1] ^= 0xFF
-                raise broken("scripted: a block arrived with a wrong checksum")
+                raise broken(
+                    "scripted: a block arrived with a wrong checksum", TransferFault.CORRUPT
+                )
             case Fault.STALE:
                 self._inner.pull(endpoint, cache, copies, timeout_s=timeout_s)
-                raise failed("scripted: a block was given to other content during the pull")
+                raise failed(
+                    "scripted: a block was given to other content during the pull",
+                    TransferFault.STALE,
+                )
 
     def forget(self, endpoint: Endpoint) -> None:
         """As the inner one."""

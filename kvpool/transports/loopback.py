@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt
+from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFault
 from kvpool.transports.blocks import (
     broken,
     budget_until,
     check_layouts,
     check_targets,
     copy_blocks,
-    failed,
+    late,
 )
 
 _exported: dict[str, KVCache] = {}
@@ -55,11 +55,13 @@ class LoopbackTransport:
         with _lock:
             source = _exported.get(endpoint.token)
         if source is None:
-            raise broken("the peer's cache is not exported in this process (any more)")
+            raise broken(
+                "the peer's cache is not exported in this process (any more)", TransferFault.GONE
+            )
         try:
             num_bytes = copy_blocks(source, cache, copies, budget_until(started + timeout_s))
         except TimeoutError:
-            raise failed(f"the pull took longer than {timeout_s:g} s") from None
+            raise late(timeout_s) from None
         return Receipt(
             num_blocks=len(copies),
             num_bytes=num_bytes,

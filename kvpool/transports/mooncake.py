@@ -22,7 +22,14 @@ import numpy as np
 
 from baton.core.errors import ConfigError
 from kvpool.bounded import Staging
-from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFailed
+from kvpool.transport import (
+    BlockCopy,
+    Endpoint,
+    KVCache,
+    Receipt,
+    TransferFailed,
+    TransferFault,
+)
 from kvpool.transports import mooncake_engine as engines
 from kvpool.transports import tcp_wire as wire
 from kvpool.transports.blocks import (
@@ -31,13 +38,15 @@ from kvpool.transports.blocks import (
     budget_until,
     check_layouts,
     check_targets,
-    failed,
+    late,
     runs,
 )
 from kvpool.transports.mooncake_engine import MooncakeEngine
 from kvpool.transports.mooncake_server import ARRIVED, VouchingServer, checksum, chunks
+from kvpool.transports.tcp_ask import ask, refusal
 from kvpool.transports.tcp_channel import Channel, discard, receive_bytes
 from kvpool.transports.tcp_connections import Connections
+from kvpool.transports.tcp_faults import fault_of
 
 _PROBE_S = 1.0
 
@@ -107,9 +116,7 @@ class MooncakeTransport:
             try:
                 self._transfer(_Peer.of(endpoint), cache, copies, budget_until(started + timeout_s))
             except TimeoutError:
-                raise failed(
-                    f"the pull from {endpoint.address} took longer than {timeout_s:g} s"
-                ) from None
+                raise late(timeout_s, endpoint.address) from None
         return Receipt(
             num_blocks=len(copies),
             num_bytes=len(copies) * cache.block_bytes,
@@ -139,7 +146,7 @@ class MooncakeTransport:
     def _acquired(self) -> MooncakeEngine:
         with self._lock:
             if self._closed:
-                raise broken("the transport is closed")
+                raise broken("the transport is closed", TransferFault.OTHER)
             if self._engine is None:
                 self._engine = engines.acquire(self._host, self._protocol, self._device)
             return self._engine
@@ -148,7 +155,7 @@ class MooncakeTransport:
         try:
             return self._acquired()
         except ConfigError as error:
-            raise broken(error.message) from error
+            raise broken(error.message, TransferFault.OTHER) from error
 
     def _transfer(
         self, peer: _Peer, cache: KVCache, copies: Sequence[BlockCopy], budget: Budget
@@ -156,14 +163,17 @@ class MooncakeTransport:
         engine = self._reading()
         budget()
         if engine.calls.num_late:
-            raise broken("Mooncake has not returned from an earlier read")
-        with self._asked(peer, cache, copies, budget) as channel:
+            raise broken("Mooncake has not returned from an earlier read", TransferFault.LATE)
+        with self._asked(peer, cache, copies, budget) as (channel, number):
             wrong = self._read(engine, peer, cache, copies, channel, budget)
             channel.send([ARRIVED], budget)
-            _accept(peer, *wire.receive_reply(channel, budget))
+            _accept(peer, *wire.receive_reply(channel, wire.last_number(number), budget))
             # Told last: blocks that were given away meanwhile are the likelier reason.
             if wrong:
-                raise broken(f"blocks arrived from {peer.session} with a wrong checksum")
+                raise broken(
+                    f"blocks arrived from {peer.session} with a wrong checksum",
+                    TransferFault.CORRUPT,
+                )
 
     def _read(
         self,
@@ -196,18 +206,20 @@ class MooncakeTransport:
     @contextlib.contextmanager
     def _asked(
         self, peer: _Peer, cache: KVCache | None, copies: Sequence[BlockCopy], budget: Budget
-    ) -> Iterator[Channel]:
-        """A connection on which the exporter has agreed; kept for later if all goes well.
+    ) -> Iterator[tuple[Channel, int]]:
+        """A connection on which the exporter has agreed to a request, and that one's number; the
+        connection is kept for later if all goes well.
 
         An idle one may have died unnoticed, which says nothing: then a fresh one is tried, once.
         Raises TransferFailed, TimeoutError.
         """
         channel = self._connections.take_idle(peer.control)
         reply: tuple[wire.Status, str] | None = None
+        number, begun = wire.new_number(), False
         try:
             if channel is not None:
                 try:
-                    reply = _ask(channel, peer, cache, copies, budget)
+                    reply = _ask(channel, peer, number, cache, copies, budget)
                 except TimeoutError:
                     raise
                 except OSError:
@@ -217,13 +229,19 @@ class MooncakeTransport:
             if channel is None:
                 channel = self._connections.connect(peer.control, budget)
             if reply is None:
-                reply = _ask(channel, peer, cache, copies, budget)
+                reply = _ask(channel, peer, number, cache, copies, budget)
             _accept(peer, *reply)
-            yield channel
+            begun = True
+            yield channel, number
         except TimeoutError:
             raise
         except (OSError, wire.BadFrame) as error:
-            raise broken(f"the transfer from {peer.control.address} failed: {error}") from error
+            fault = TransferFault.CORRUPT
+            if isinstance(error, OSError):
+                budget()  # an exporter that gave up at the deadline says no more than that
+                fault = fault_of(error, begun=begun)
+            text = f"the transfer from {peer.control.address} failed: {error}"
+            raise broken(text, fault) from error
         else:
             kept, channel = channel, None
             self._connections.give_back(peer.control, kept)
@@ -249,36 +267,26 @@ class _Peer:
             control, session, base = endpoint.address.split("/")
             return cls(dataclasses.replace(endpoint, address=control), session, int(base, 16))
         except ValueError:
-            raise broken(f"{endpoint.address!r} is not server/session/base") from None
+            text = f"{endpoint.address!r} is not server/session/base"
+            raise broken(text, TransferFault.OTHER) from None
 
 
 def _ask(
     channel: Channel,
     peer: _Peer,
+    number: int,
     cache: KVCache | None,
     copies: Sequence[BlockCopy],
     budget: Budget,
 ) -> tuple[wire.Status, str]:
     """Send a request, as a reader of the tcp transport does, and return the answer."""
-    layout = peer.control.layout.encode()
-    fixed = wire.REQUEST.pack(
-        wire.MAGIC,
-        wire.VERSION,
-        peer.control.token.encode(),
-        len(copies),
-        0 if cache is None else cache.block_bytes,
-        min(int(budget() * 1000) + 1, 2**32 - 1),
-        len(layout),
-    )
-    channel.send([fixed, layout, wire.pack_copies(copies)], budget)
-    return wire.receive_reply(channel, budget)
+    ask(channel, peer.control, number, cache, copies, budget)
+    return wire.receive_reply(channel, number, budget)
 
 
 def _accept(peer: _Peer, status: wire.Status, message: str) -> None:
-    if status is wire.Status.OK:
-        return
-    text = f"{peer.control.address} refused: {message}"
-    raise broken(text) if status is wire.Status.TOKEN else failed(text)
+    if status is not wire.Status.OK:
+        raise refusal(peer.control.address, status, message)
 
 
 def _scatter(cache: KVCache, chunk: Sequence[BlockCopy], staging: Staging) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from baton.core.errors import ConfigError
 from kvpool.bounded import BoundedCalls, Overloaded, Staging, StagingPool
-from kvpool.transport import KVCache
+from kvpool.transport import KVCache, TransferFault
 from kvpool.transports.blocks import Budget, broken
 
 log = logging.getLogger(__name__)
@@ -113,12 +113,15 @@ class MooncakeEngine:
         try:
             with self._pool(total).filled(self.calls, fill, budget) as staging:
                 if staging is None:
-                    raise broken(f"Mooncake could not read from {session}: it is gone or busy")
+                    raise broken(
+                        f"Mooncake could not read from {session}: it is gone or busy",
+                        TransferFault.GONE,
+                    )
                 use(staging)
         except Overloaded as error:
-            raise broken(f"Mooncake takes no more reads: {error}") from error
+            raise broken(f"Mooncake takes no more reads: {error}", TransferFault.OTHER) from error
         except ConfigError as error:
-            raise broken(error.message) from error
+            raise broken(error.message, TransferFault.OTHER) from error
 
     def end(self) -> bool:
         """Take the engine down; False if a read is still under way and it had to be left."""

@@ -26,28 +26,33 @@ ARRIVED = b"BKVM"
 class VouchingServer(BlockServer):
     """Tells checksums and generations of one cache until ``close``."""
 
-    def _stream(self, channel: Channel, table: bytes, budget: Budget) -> None:
+    def _stream(self, channel: Channel, number: int, table: bytes, budget: Budget) -> None:
         blocks, generations = wire.unpack_copies(table)
         pairs = zip(blocks.tolist(), generations.tolist(), strict=True)
         copies = [BlockCopy(block, generation, 0) for block, generation in pairs]
-        if not self._vouch(channel, copies, "before the pull", budget):
+        if not self._vouch(channel, number, copies, "before the pull", budget):
             return
         for chunk in chunks(copies, self._cache.block_bytes):
             told = checksum(self._cache, [copy.src for copy in chunk])
             channel.send([wire.CHECKSUM.pack(told)], budget)
         if receive_bytes(channel, len(ARRIVED), budget) != ARRIVED:
             raise wire.BadFrame("the reader did not say that all has arrived")
-        self._vouch(channel, copies, "during the pull", budget)
+        self._vouch(channel, wire.last_number(number), copies, "during the pull", budget)
 
     def _vouch(
-        self, channel: Channel, copies: Sequence[BlockCopy], when: str, budget: Budget
+        self,
+        channel: Channel,
+        number: int,
+        copies: Sequence[BlockCopy],
+        when: str,
+        budget: Budget,
     ) -> bool:
         try:
             check_generations(self._cache, copies, when)
         except TransferFailed as error:
-            channel.send([wire.pack_reply(wire.Status.STALE, error.message)], budget)
+            channel.send([wire.pack_reply(number, wire.Status.STALE, error.message)], budget)
             return False
-        channel.send([wire.pack_reply(wire.Status.OK)], budget)
+        channel.send([wire.pack_reply(number, wire.Status.OK)], budget)
         return True
 
 

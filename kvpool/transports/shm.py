@@ -14,14 +14,14 @@ import time
 from collections.abc import Sequence
 
 from kvpool.arena import BlockArena
-from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFailed
+from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFailed, TransferFault
 from kvpool.transports.blocks import (
     broken,
     budget_until,
     check_layouts,
     check_targets,
     copy_blocks,
-    failed,
+    late,
 )
 
 MAX_MAPPINGS = 64
@@ -41,7 +41,9 @@ class ShmTransport:
     def export(self, cache: KVCache) -> Endpoint:
         """Tell where the file is. Raises TransferFailed for a cache that is not in one."""
         if not isinstance(cache, BlockArena) or cache.path is None:
-            raise broken("the cache is private memory: it cannot be mapped by a peer")
+            raise broken(
+                "the cache is private memory: it cannot be mapped by a peer", TransferFault.OTHER
+            )
         return Endpoint(
             transport=self.name, address=cache.path, token=cache.token, layout=cache.layout
         )
@@ -66,7 +68,7 @@ class ShmTransport:
         try:
             num_bytes = copy_blocks(source, cache, copies, budget_until(started + timeout_s))
         except TimeoutError:
-            raise failed(f"the pull took longer than {timeout_s:g} s") from None
+            raise late(timeout_s) from None
         return Receipt(
             num_blocks=len(copies),
             num_bytes=num_bytes,
@@ -93,7 +95,7 @@ class ShmTransport:
         """
         with self._lock:
             if self._closed:
-                raise broken("the transport is closed")
+                raise broken("the transport is closed", TransferFault.OTHER)
             for token, arena in list(self._mappings.items()):
                 if not os.path.exists(arena.path or ""):
                     del self._mappings[token]

@@ -17,7 +17,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from baton.core.config import TlsConfig
-from kvpool.transport import BlockCopy, Endpoint, KVCache, Receipt, TransferFailed
+from kvpool.transport import (
+    BlockCopy,
+    Endpoint,
+    KVCache,
+    Receipt,
+    TransferFailed,
+    TransferFault,
+    TransportBroken,
+)
 from kvpool.transports import tcp_wire as wire
 from kvpool.transports.blocks import (
     Budget,
@@ -25,10 +33,12 @@ from kvpool.transports.blocks import (
     budget_until,
     check_layouts,
     check_targets,
-    failed,
+    late,
 )
+from kvpool.transports.tcp_ask import ask, refusal
 from kvpool.transports.tcp_channel import Channel
 from kvpool.transports.tcp_connections import Connections
+from kvpool.transports.tcp_faults import ends_connection, fault_of
 from kvpool.transports.tcp_frames import receive_frames
 from kvpool.transports.tcp_server import BlockServer
 from kvpool.transports.tcp_tls import TlsContexts, explain
@@ -113,9 +123,7 @@ class TcpTransport:
                     [_Stream(self._connections, endpoint, cache, part) for part in parts], budget
                 )
         except TimeoutError:
-            raise failed(
-                f"the pull from {endpoint.address} took longer than {timeout_s:g} s"
-            ) from None
+            raise late(timeout_s, endpoint.address) from None
         return Receipt(
             num_blocks=len(copies),
             num_bytes=len(copies) * cache.block_bytes,
@@ -200,35 +208,40 @@ class _Stream:
         self._lock = threading.Lock()
         self._channel: Channel | None = None
         self._stopped = False
+        self._begun = False
+        """The exporter has agreed to answer."""
 
     def run(self, budget: Budget) -> None:
         """One exchange, on an idle connection if there is one.
 
         An idle connection may have died unnoticed (the exporter restarted, or closed it after
-        its idle time): a connection error there says nothing, and a fresh one is tried, once.
-        Raises TransferFailed, TimeoutError.
+        its idle time): an error there before the answer says nothing, and a fresh one is tried,
+        once. Raises TransferFailed, TimeoutError.
         """
         endpoint = self._endpoint
         idle = self._connections.take_idle(endpoint)
         if idle is not None:
             try:
                 self._exchange(idle, budget)
+                return
             except TimeoutError:
                 raise
-            except OSError:
+            except OSError as error:
                 self._connections.forget(endpoint)
-            else:
-                return
+                if self._begun or not ends_connection(error):
+                    raise self._broken(error, budget) from error
         try:
             self._exchange(self._connections.connect(endpoint, budget), budget)
         except TimeoutError:
             raise
-        except ssl.SSLError as error:
-            raise broken(
-                f"the transfer from {endpoint.address} failed: {explain(error)}"
-            ) from error
         except OSError as error:
-            raise broken(f"the transfer from {endpoint.address} failed: {error}") from error
+            raise self._broken(error, budget) from error
+
+    def _broken(self, error: OSError, budget: Budget) -> TransportBroken:
+        budget()  # an exporter that gave up at the deadline says no more than that
+        reason = explain(error) if isinstance(error, ssl.SSLError) else str(error)
+        text = f"the transfer from {self._endpoint.address} failed: {reason}"
+        return broken(text, fault_of(error, begun=self._begun))
 
     def stop(self) -> None:
         """End it, now and if it has not begun yet."""
@@ -238,18 +251,21 @@ class _Stream:
                 self._channel.shut()
 
     def _exchange(self, channel: Channel, budget: Budget) -> None:
+        number = wire.new_number()
+        self._begun = False
         try:
             self._begin(channel)
-            _ask(channel, self._endpoint, self._cache, self._copies, budget)
-            status, message = wire.receive_reply(channel, budget)
+            ask(channel, self._endpoint, number, self._cache, self._copies, budget)
+            status, message = wire.receive_reply(channel, number, budget)
             if status is wire.Status.OK and self._cache is not None:
+                self._begun = True
                 targets = np.array([copy.dst for copy in self._copies], dtype=np.int64)
                 receive_frames(channel, self._cache, targets, budget)
-                status, message = wire.receive_reply(channel, budget)
+                status, message = wire.receive_reply(channel, wire.last_number(number), budget)
         except wire.BadFrame as error:
             self._end(channel)
             text = f"the transfer from {self._endpoint.address} failed: {error}"
-            raise broken(text) from error
+            raise broken(text, TransferFault.CORRUPT) from error
         except BaseException:
             self._end(channel)
             raise
@@ -257,14 +273,12 @@ class _Stream:
             self._end(channel, keep=True)
             return
         self._end(channel)
-        text = f"{self._endpoint.address} refused: {message}"
-        another_way = status in (wire.Status.TOKEN, wire.Status.TLS)
-        raise broken(text) if another_way else failed(text)
+        raise refusal(self._endpoint.address, status, message)
 
     def _begin(self, channel: Channel) -> None:
         with self._lock:
             if self._stopped:
-                raise broken("another stream of the pull failed")
+                raise broken("another stream of the pull failed", TransferFault.OTHER)
             self._channel = channel
 
     def _end(self, channel: Channel, *, keep: bool = False) -> None:
@@ -276,24 +290,3 @@ class _Stream:
             self._connections.give_back(self._endpoint, channel)
         else:
             self._connections.drop(channel)
-
-
-def _ask(
-    channel: Channel,
-    endpoint: Endpoint,
-    cache: KVCache | None,
-    copies: Sequence[BlockCopy],
-    budget: Budget,
-) -> None:
-    """Send a request. Without a cache it is a probe, which any block size answers to."""
-    layout = endpoint.layout.encode()
-    fixed = wire.REQUEST.pack(
-        wire.MAGIC,
-        wire.VERSION,
-        endpoint.token.encode(),
-        len(copies),
-        0 if cache is None else cache.block_bytes,
-        min(int(budget() * 1000) + 1, 2**32 - 1),
-        len(layout),
-    )
-    channel.send([fixed, layout, wire.pack_copies(copies)], budget)

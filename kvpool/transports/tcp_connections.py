@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 
-from kvpool.transport import Endpoint
+from kvpool.transport import Endpoint, TransferFault
 from kvpool.transports.blocks import Budget, broken
 from kvpool.transports.tcp_channel import Channel, TlsChannel
 from kvpool.transports.tcp_tls import ADVICE, explain
@@ -30,7 +30,7 @@ class Connections:
         """One that an earlier exchange left; ``None`` if there is none. Raises TransportBroken."""
         with self._lock:
             if self._closed:
-                raise broken("the transport is closed")
+                raise broken("the transport is closed", TransferFault.OTHER)
             idle = self._idle.get(endpoint)
             if not idle:
                 return None
@@ -42,7 +42,7 @@ class Connections:
         """A new one. Raises TransportBroken, ConnectionError, TimeoutError."""
         host, _, port = endpoint.address.rpartition(":")
         if not port.isdecimal():
-            raise broken(f"{endpoint.address!r} is not host:port")
+            raise broken(f"{endpoint.address!r} is not host:port", TransferFault.OTHER)
         sock = socket.create_connection((host.strip("[]"), int(port)), timeout=budget())
         channel = self._channel(sock)
         with self._lock:
@@ -51,16 +51,19 @@ class Connections:
                 self._busy.add(channel)
         if closed:
             channel.close()
-            raise broken("the transport is closed")
+            raise broken("the transport is closed", TransferFault.OTHER)
         try:
             channel.handshake(budget)
         except ssl.SSLError as error:
             self.drop(channel)
-            raise broken(f"no TLS with {endpoint.address}: {explain(error)}") from error
+            raise broken(
+                f"no TLS with {endpoint.address}: {explain(error)}", TransferFault.OTHER
+            ) from error
         except ConnectionError as error:
             self.drop(channel)
             raise broken(
-                f"{endpoint.address} ended the TLS handshake; if it has no TLS: {ADVICE}"
+                f"{endpoint.address} ended the TLS handshake; if it has no TLS: {ADVICE}",
+                TransferFault.GONE,
             ) from error
         except BaseException:
             self.drop(channel)

@@ -30,7 +30,7 @@ _ACCEPT_PAUSE_S = 0.1
 _HANDSHAKE_S = 10.0
 _FAREWELL_S = 1.0
 _MAX_DISCARD_BYTES = 16 << 20
-_TLS_DIFFERS = wire.pack_reply(wire.Status.TLS, f"it speaks TLS only: {ADVICE}")
+_TLS_DIFFERS = wire.pack_reply(0, wire.Status.TLS, f"it speaks TLS only: {ADVICE}")
 
 
 class BlockServer:
@@ -147,8 +147,8 @@ class BlockServer:
     def _exchange(self, channel: Channel) -> bool:
         """Answer one request; False if the connection cannot be used for another."""
         fixed = receive_bytes(channel, wire.REQUEST.size, lambda: self._idle_s)
-        magic, version, token, count, block_bytes, budget_ms, layout_length = wire.REQUEST.unpack(
-            fixed
+        magic, version, token, count, block_bytes, budget_ms, layout_length, number = (
+            wire.REQUEST.unpack(fixed)
         )
         if wire.is_tls_hello(fixed):
             # All that it understands is that this is not TLS, which a reset would not tell.
@@ -163,19 +163,19 @@ class BlockServer:
             # Closing a connection with unread bytes would destroy the reply on its way.
             rest = layout_length + wire.copies_bytes(count)
             discard(channel, min(rest, _MAX_DISCARD_BYTES), budget)
-            channel.send([wire.pack_reply(status, message)], budget)
+            channel.send([wire.pack_reply(number, status, message)], budget)
             return False
         layout = receive_bytes(channel, layout_length, budget).decode(errors="replace")
         table = receive_bytes(channel, wire.copies_bytes(count), budget)
         wrong_size = block_bytes not in (0, self._cache.block_bytes)
         if layout != self._cache.layout or wrong_size:
             message = f"the KV layouts differ: the peer has {self._cache.layout!r}, not {layout!r}"
-            channel.send([wire.pack_reply(wire.Status.LAYOUT, message)], budget)
+            channel.send([wire.pack_reply(number, wire.Status.LAYOUT, message)], budget)
             return True
         if count:
-            self._stream(channel, table, budget)
+            self._stream(channel, number, table, budget)
         else:
-            channel.send([wire.pack_reply(wire.Status.OK)], budget)
+            channel.send([wire.pack_reply(number, wire.Status.OK)], budget)
         return True
 
     def _judge(self, token: bytes, count: int, layout_length: int) -> tuple[wire.Status, str]:
@@ -185,20 +185,20 @@ class BlockServer:
             return wire.Status.BAD_REQUEST, f"{count} blocks of {self._cache.num_blocks}"
         return wire.Status.OK, ""
 
-    def _stream(self, channel: Channel, table: bytes, budget: Budget) -> None:
+    def _stream(self, channel: Channel, number: int, table: bytes, budget: Budget) -> None:
         blocks, generations = wire.unpack_copies(table)
         try:
             check_generation_table(self._cache, blocks, generations, "before the pull")
         except TransferFailed as error:
-            channel.send([wire.pack_reply(wire.Status.STALE, error.message)], budget)
+            channel.send([wire.pack_reply(number, wire.Status.STALE, error.message)], budget)
             return
-        channel.send([wire.pack_reply(wire.Status.OK)], budget)
+        channel.send([wire.pack_reply(number, wire.Status.OK)], budget)
         send_frames(channel, self._cache, blocks, budget)
         try:
             check_generation_table(self._cache, blocks, generations, "during the pull")
-            reply = wire.pack_reply(wire.Status.OK)
+            reply = wire.pack_reply(wire.last_number(number), wire.Status.OK)
         except TransferFailed as error:
-            reply = wire.pack_reply(wire.Status.STALE, error.message)
+            reply = wire.pack_reply(wire.last_number(number), wire.Status.STALE, error.message)
         channel.send([reply], budget)
 
 

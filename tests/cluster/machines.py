@@ -27,6 +27,8 @@ class Machine:
     address: str
     holder: int
     """Pid of the process whose namespaces these are."""
+    link: str
+    """The host's end of its only cable."""
 
     def command(self, args: Sequence[str]) -> list[str]:
         """``args`` as run on this machine."""
@@ -37,7 +39,7 @@ class Machine:
 
 
 @contextlib.contextmanager
-def _machine(name: str, address: str) -> Iterator[Machine]:
+def _machine(name: str, address: str, link: str) -> Iterator[Machine]:
     holder = subprocess.Popen(
         ["ip", "netns", "exec", name, "unshare", "--mount", "--ipc", "sh", "-c", _INSIDE],
         stdout=subprocess.PIPE,
@@ -46,7 +48,7 @@ def _machine(name: str, address: str) -> Iterator[Machine]:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "up\n"
-        yield Machine(name, address, holder.pid)
+        yield Machine(name, address, holder.pid, link)
     finally:
         holder.terminate()
         holder.wait(10)
@@ -75,7 +77,7 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", inner)
             _ip("-n", name, "link", "set", inner, "up")
             _ip("-n", name, "link", "set", "lo", "up")
-            machines.append(stack.enter_context(_machine(name, address)))
+            machines.append(stack.enter_context(_machine(name, address, outer)))
         yield machines[0], machines[1]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from baton.client.admin import AdminClient
 from baton.core.errors import BatonError
+from protos.baton.v1 import cluster_pb2
 from tests.cluster import oracle
 from tests.cluster.harness import Cluster, body, complete, http_client, wait_until
 
@@ -60,31 +61,41 @@ def tiers_of(cluster: Cluster, request_id: str) -> Tiers:
         return dict(reply.cached_by_tier)
 
 
-def pool_numbers(cluster: Cluster) -> dict[str, float]:
-    """Of the only pool node."""
+def pools(cluster: Cluster, host: str | None = None) -> list[cluster_pb2.MemberStatus]:
+    """The pool nodes, of all machines or of one."""
     with AdminClient(cluster.controller) as admin:
-        members = [m for m in admin.status().members if m.kind == "pool"]
-        assert len(members) == 1
-        return dict(admin.pool_status(members[0].address).numbers)
+        found = [member for member in admin.status().members if member.kind == "pool"]
+    return [m for m in found if host in (None, m.address.rpartition(":")[0])]
 
 
-def settle(cluster: Cluster) -> dict[str, float]:
-    """Wait until nothing is written back any more; the pool's numbers then."""
+def pool_numbers(cluster: Cluster, host: str | None = None) -> dict[str, float]:
+    """Of the only pool node, or of that of one machine."""
+    (member,) = pools(cluster, host)
+    return _numbers_of(cluster, member)
+
+
+def _numbers_of(cluster: Cluster, member: cluster_pb2.MemberStatus) -> dict[str, float]:
+    with AdminClient(cluster.controller) as admin:
+        return dict(admin.pool_status(member.address).numbers)
+
+
+def settle(cluster: Cluster) -> None:
+    """Wait until nothing is written back any more, on any machine."""
     last: list[float] = []
 
     def still() -> bool:
-        numbers = pool_numbers(cluster)
-        last.append(numbers["baton_pool_host_published"] + numbers["baton_pool_demoted"])
+        numbers = [_numbers_of(cluster, member) for member in pools(cluster)]
+        names = ("baton_pool_host_published", "baton_pool_demoted")
+        last.append(sum(each[name] for each in numbers for name in names))
         quiet = len(last) >= 3 and len(set(last[-3:])) == 1
-        return quiet and not numbers["baton_pool_host_tickets"]
+        return quiet and not any(each["baton_pool_host_tickets"] for each in numbers)
 
     wait_until(still, timeout_s=20.0, what="the end of write-backs")
-    return pool_numbers(cluster)
 
 
 def kill_instance(cluster: Cluster, instance_id: str) -> None:
     """``kill -9``, then wait for its next life."""
-    old = next(i for i in cluster.live_instances() if i.instance_id == instance_id)
+    (old,) = [i for i in cluster.live_instances() if i.instance_id == instance_id]
     os.kill(old.pid, signal.SIGKILL)
 
     def back() -> bool:
@@ -98,12 +109,11 @@ def kill_instance(cluster: Cluster, instance_id: str) -> None:
     wait_until(back, timeout_s=60.0, what=f"the next life of {instance_id}")
 
 
-def kill_pool_node(cluster: Cluster) -> None:
-    """``kill -9`` the pool node, then wait until another serves."""
+def kill_pool_node(cluster: Cluster, host: str | None = None) -> None:
+    """``kill -9`` the pool node (of one machine), then wait until another serves."""
 
     def pids() -> set[int]:
-        with AdminClient(cluster.controller) as admin:
-            return {m.pid for m in admin.status().members if m.kind == "pool"}
+        return {member.pid for member in pools(cluster, host)}
 
     (old,) = pids()
     os.kill(old, signal.SIGKILL)

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.cluster import oracle
 from tests.cluster.harness import Cluster, body, complete, http_client
@@ -29,12 +30,30 @@ class Soaked:
     num_cancelled: int = 0
     errors: list[dict[str, object]] = dataclasses.field(default_factory=list)
     num_kills: int = 0
-    outputs: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """By prompt; greedy, so each has one."""
+    outputs: dict[int, set[tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    """By prompt; greedy, so each has one, but for ties."""
     memory: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     """(seconds, resident bytes of all processes)."""
     seen: set[str] = dataclasses.field(default_factory=set)
     """Names of pool counters that were above zero."""
+
+
+def tiny_tiers(disk: Path) -> dict[str, Any]:
+    """Settings with which each tier holds a part of what is asked for; the disk is to be full
+    before it has as much as it may."""
+    return {
+        "engine": {"num_blocks": 192},
+        "pool": {
+            "host_bytes": 96 * 32768,
+            "disk_path": str(disk),
+            "disk_bytes": 32 << 20,
+            "write_back": "all",
+            "fetch": "always",
+            # So that what the killed had ends soon, but not before others renew theirs.
+            "lease_s": 5.0,
+        },
+        "handoff": {"lease_s": 6.0},
+    }
 
 
 @contextlib.contextmanager
@@ -68,7 +87,7 @@ async def soak(
     kill_every_s: float,
     seed: int,
 ) -> Soaked:
-    """Load, cancels and kills for so long; then the load is let end. Raises at a wrong token."""
+    """Load, cancels and kills for so long; then the load is let end."""
     result, draw = Soaked(), random.Random(seed)
     started = time.monotonic()
     stop = asyncio.Event()
@@ -90,11 +109,11 @@ async def soak(
                     result.errors.append(reply.error)
                     continue
                 result.num_finished += 1
-                output = tuple(reply.token_ids)
-                assert result.outputs.setdefault(number, output) == output, f"prompt {number}"
+                result.outputs.setdefault(number, set()).add(tuple(reply.token_ids))
 
         async def killer() -> None:
-            victims = ["prefill-0", "decode-0", "pool", "prefill-1", "decode-1"]
+            instances = await asyncio.to_thread(cluster.live_instances)
+            victims = ["pool", *sorted(item.instance_id for item in instances)]
             while not stop.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), kill_every_s)
@@ -123,3 +142,15 @@ async def soak(
             stop.set()
             await asyncio.gather(*tasks)
     return result
+
+
+def check(asked: Sequence[Sequence[int]], result: Soaked) -> None:
+    """No wrong token, no error but such as ask for another try, and each prompt was answered."""
+    for error in result.errors:
+        assert error["code"] in {"unavailable", "instance_lost"}, error
+    ties = []
+    for number, outputs in result.outputs.items():
+        for output in outputs:
+            ties += oracle.check_greedy(asked[number], output)
+    assert len(ties) <= 3, ties
+    assert len(result.outputs) == len(asked)

@@ -1,124 +1,83 @@
-"""Prefill on one machine, decode on another: KV crosses TCP, the tokens are the same."""
+"""Prefill on one machine, decode on another: KV crosses TCP under TLS, the tokens are the same.
+
+And what only one machine has computed, the other one fetches; and nobody misses the metadata store.
+Without TLS, with MLA, and with pool nodes that die: ``scripts/acceptance 4.1``.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
-import tempfile
-import uuid
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from baton.client.admin import AdminClient
+from baton.core.cluster import Role
+from kvpool.transports.tcp_wire import MAGIC
 from tests.cluster import oracle, tokens
-from tests.cluster.harness import (
-    RUN_ID,
-    Cluster,
-    metrics,
-    processes_of,
-    serving,
-    wait_until,
-)
-from tests.cluster.machines import OUTSIDE, Machine, two_machines
+from tests.cluster.harness import assert_nothing_held, metrics, wait_until
+from tests.cluster.pool_kit import ask, pool_numbers, settle
+from tests.cluster.two_nodes import ON_A, ON_B, TwoNodes, cluster_over_two_machines
+from tests.cluster.wire import TLS_HANDSHAKE, Wire
+from tests.kvpool.tls_kit import Authority
 
-RAY_PORT = "6391"
-NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
-"""Ray makes a token per machine; a real deployment hands one to all of its nodes."""
-
-
-@contextlib.contextmanager
-def ray_node(machine: Machine, *args: str) -> Iterator[None]:
-    """``ray start --block`` on a machine, until the block ends."""
-    run_id = uuid.uuid4().hex
-    ray = str(Path(sys.executable).with_name("ray"))
-    line = [ray, "start", "--block", f"--node-ip-address={machine.address}", "--num-cpus=1"]
-    line += ["--object-store-memory=80000000", "--disable-usage-stats", *args]
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(
-            machine.command(line),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **NO_TOKEN, RUN_ID: run_id},
-        )
-        try:
-            wait_until(
-                lambda: b"Ray runtime started" in Path(log.name).read_bytes(),
-                timeout_s=60.0,
-                what=f"Ray on {machine.name}",
-            )
-            yield
-        except BaseException:
-            log.seek(0)
-            sys.stderr.write(log.read().decode(errors="replace")[-2000:])
-            raise
-        finally:
-            process.terminate()
-            process.wait(30)
-            for straggler in processes_of(run_id):
-                straggler.kill()
-
-
-@contextlib.contextmanager
-def redis_server(host: str) -> Iterator[str]:
-    port = "6392"
-    process = subprocess.Popen(
-        ["redis-server", "--bind", host, "--port", port, "--save", "", "--protected-mode", "no"],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        yield f"redis://{host}:{port}/0"
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-@contextlib.contextmanager
-def cluster_over_two_machines() -> Iterator[Cluster]:
-    with contextlib.ExitStack() as stack:
-        a, b = stack.enter_context(two_machines())
-        store = stack.enter_context(redis_server(OUTSIDE))
-        head = ("--head", f"--port={RAY_PORT}", "--include-dashboard=false")
-        stack.enter_context(ray_node(a, *head, '--resources={"node_a": 1}'))
-        address = f"{a.address}:{RAY_PORT}"
-        stack.enter_context(ray_node(b, f"--address={address}", '--resources={"node_b": 1}'))
-        where = {"prefill": {"node_a": 0.01}, "decode": {"node_b": 0.01}}
-        yield stack.enter_context(
-            serving(
-                *("--prefill", "1", "--decode", "1", "--host", a.address),
-                *("--address", address, "--store", store),
-                settings={"resources": where},
-                command=a.command([sys.executable, "-m", "baton.cli.main"]),
-                extra_env=NO_TOKEN,
-            )
-        )
+PAIR = ("--prefill", "1", "--decode", "1")
+NUM_TOKENS = 48
 
 
 @pytest.mark.timeout(280)
-def test_kv_crosses_tcp_and_the_tokens_are_the_same() -> None:
+def test_kv_crosses_tcp_and_the_tokens_are_the_same(tmp_path: Path) -> None:
+    settings = {
+        "resources": {"prefill": ON_A, "decode": ON_B},
+        "handoff": {"tls": dataclasses.asdict(Authority(tmp_path / "authority").issue("node"))},
+        "pool": {"write_back": "all", "fetch": "always"},
+    }
     prompts = oracle.prompts(16, longest=1200)
-    with cluster_over_two_machines() as cluster:
-        greedy = tokens.run_greedy(cluster, prompts, num_tokens=48, concurrency=16)
-        sampled = tokens.run_sampled(cluster, prompts, num_tokens=48, concurrency=16)
-        with AdminClient(cluster.controller) as admin:
-            members = {item.role: item for item in admin.status().instances}
-        assert members["prefill"].node_id != members["decode"].node_id
-        assert (
-            members["prefill"].address.rpartition(":")[0]
-            != (members["decode"].address.rpartition(":")[0])
-        )
-        values = metrics(members["decode"].metrics_address)
-        assert values["baton_handoffs_total{result=arrived,side=decode}"] == 2 * len(prompts)
-        assert values["baton_handoffs_total{result=recomputed,side=decode}"] == 0
-        assert values["baton_kv_pulls_total{transport=tcp}"] >= 2 * len(prompts)
-        assert values.get("baton_kv_pulls_total{transport=shm}", 0.0) == 0.0
-        wait_until(
-            lambda: metrics(members["prefill"].metrics_address)["baton_kv_leases"] == 0,
-            timeout_s=5.0,
-            what="leases released",
-        )
+    with cluster_over_two_machines(*PAIR, settings=settings) as nodes:
+        cluster = nodes.cluster
+        (prefill,), (decode,) = nodes.instances_on(nodes.a), nodes.instances_on(nodes.b)
+        assert prefill.node_id != decode.node_id
+        with Wire(nodes.a.link).looking() as wire:
+            nodes.redis.freeze()
+            greedy = tokens.run_greedy(cluster, prompts, num_tokens=NUM_TOKENS, concurrency=16)
+            nodes.redis.thaw()
+            nodes.redis.kill()
+            sampled = tokens.run_sampled(cluster, prompts, num_tokens=NUM_TOKENS, concurrency=16)
+            values = metrics(decode.metrics_address)
+            assert values["baton_handoffs_total{result=arrived,side=decode}"] == 2 * len(prompts)
+            assert values["baton_handoffs_total{result=recomputed,side=decode}"] == 0
+            assert values["baton_kv_pulls_total{transport=tcp}"] >= 2 * len(prompts)
+            assert values.get("baton_kv_pulls_total{transport=shm}", 0.0) == 0.0
+            check_remote_hit(nodes)
+            assert wire.num_bytes(TLS_HANDSHAKE) > values["baton_kv_pulled_bytes_total"] > 0
+            assert wire.num_bytes(MAGIC) == 0, "nothing went in the clear"
+        assert_nothing_held(cluster, within_s=10.0)
     tokens.check_greedy(prompts, greedy)
     tokens.check_sampled(prompts, sampled)
+
+
+def check_remote_hit(nodes: TwoNodes) -> None:
+    """With the metadata store away, until the roles are others."""
+    cluster, ids = nodes.cluster, oracle.corpus()
+    fresh = [ids[333:833], ids[7333:7933]]
+    # At its first token a request is done, and decode's machine has seen nothing of it.
+    assert ask(cluster, fresh, num_tokens=1) == [{}, {}]
+    settle(cluster)
+    with AdminClient(cluster.controller) as admin:
+        admin.set_role("decode-0", Role.MIXED)
+        assert admin.drain("prefill-0").drained
+    nodes.redis.start()
+    assert ask(cluster, fresh) == [{"remote": len(prompt) // 16 * 16} for prompt in fresh]
+    numbers = pool_numbers(cluster, nodes.b.address)
+    assert numbers["baton_pool_promoted_remote"] == sum(len(prompt) // 16 for prompt in fresh)
+    assert numbers["baton_pool_failed_remote"] == 0
+    expected = {
+        "role/decode-0": "mixed",
+        "drain/prefill-0": "1",
+        "controller": cluster.controller,
+    }
+    wait_until(
+        lambda: expected.items() <= nodes.redis.values(cluster.name).items(),
+        timeout_s=10.0,
+        what="the store was told",
+    )

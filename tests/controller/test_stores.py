@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -20,7 +20,6 @@ from controller import discovery, store_memory
 from controller.store import MetadataStore
 from controller.store_memory import MemoryStore
 from controller.store_redis import RedisStore
-from controller.store_writer import StoreWriter
 from tests.controller.conftest import RedisServer
 
 MakeStore = Callable[..., MetadataStore]
@@ -74,6 +73,41 @@ async def test_prefixes_are_literal(make_store: MakeStore) -> None:
     assert set(await store.scan("\\")) == {"\\x"}
 
 
+async def test_like_a_dict(make_store: MakeStore) -> None:
+    store, model, draw = make_store(), dict[str, str](), random.Random(4)
+    # What means something in a pattern, in a key of Redis, or on the wire.
+    parts = [
+        "*",
+        "?",
+        "[",
+        "]",
+        "[^a]",
+        "\\",
+        "\\*",
+        "^",
+        "-",
+        ":",
+        "/",
+        "a",
+        "ä",
+        "\r\n",
+        "{",
+        "\0",
+    ]
+    for _ in range(300):
+        key = "".join(draw.choices(parts, k=draw.randint(1, 3)))
+        if draw.random() < 0.3:
+            await store.delete(key)
+            model.pop(key, None)
+        else:
+            model[key] = draw.choice(parts) * draw.randint(0, 2)
+            await store.put(key, model[key])
+        prefix = "".join(draw.choices(parts, k=draw.randint(0, 2)))
+        assert await store.get(key) == model.get(key)
+        expected = {k: value for k, value in model.items() if k.startswith(prefix)}
+        assert await store.scan(prefix) == expected
+
+
 async def test_many_keys(make_store: MakeStore) -> None:
     store = make_store()
     expected = {f"many/{i}": str(i) for i in range(1200)}
@@ -93,6 +127,13 @@ async def test_lifetimes(make_store: MakeStore) -> None:
     assert set(await store.scan("")) == {"long"}
     await store.put("long", "2")
     assert await store.get("long") == "2"
+    # A lifetime belongs to a value: the next one has its own, or none.
+    await store.put("kept", "1", ttl_s=0.05)
+    await store.put("kept", "2")
+    await store.put("shorter", "1")
+    await store.put("shorter", "2", ttl_s=0.05)
+    await asyncio.sleep(0.1)
+    assert await store.scan("") == {"kept": "2", "long": "2"}
 
 
 async def test_clusters_are_apart(make_store: MakeStore) -> None:
@@ -116,6 +157,40 @@ async def test_epochs_rise(make_store: MakeStore) -> None:
     await store.keep_epoch(20)
     assert await store.next_epoch(1) == 21
     assert await store.next_epoch(2**40) == 2**40
+
+
+async def test_epochs_are_handed_out_once(make_store: MakeStore) -> None:
+    store = make_store()
+    found = await asyncio.gather(*(store.next_epoch(1) for _ in range(40)))
+    assert sorted(found) == list(range(1, 41))
+    asked = (store.next_epoch(50 if number % 2 else 1) for number in range(20))
+    kept = (store.keep_epoch(number) for number in range(30, 60))
+    epochs, _ = await asyncio.gather(asyncio.gather(*asked), asyncio.gather(*kept))
+    assert len(set(epochs)) == 20
+    assert await store.next_epoch(1) > max(59, *epochs)
+
+
+async def test_watching_ends_only_with_the_server(make_store: MakeStore) -> None:
+    store, connected = make_store(), asyncio.Event()
+    watching = asyncio.ensure_future(store.watch(connected.set))
+    if isinstance(store, RedisStore):
+        await asyncio.wait_for(connected.wait(), 10.0)
+    await store.put("k", "1")
+    done, _ = await asyncio.wait([watching], timeout=0.2)
+    assert not done
+    assert connected.is_set() == isinstance(store, RedisStore)
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    assert await store.get("k") == "1"
+
+
+async def test_closed_twice(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.announce("h:1")
+    await store.close()
+    await store.close()
+    assert await make_store().find_address() is None
 
 
 async def test_address_comes_and_goes(make_store: MakeStore) -> None:
@@ -207,6 +282,21 @@ async def test_damaged_files_are_ignored(tmp_path: Path, text: str) -> None:
     assert await store.next_epoch(1) == 1
 
 
+async def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    store = MemoryStore("c", directory=directory)
+    (directory / "c.json").mkdir(parents=True)
+    directory.chmod(0o700)
+    with pytest.raises(Unavailable, match="cannot write"):
+        await store.announce("h:1")
+    assert list(directory.iterdir()) == [directory / "c.json"], "nothing is left"
+    (directory / "c.json").rmdir()
+    async with asyncio.timeout(10.0):
+        await store.announce("h:1")
+    assert await store.find_address() == "h:1"
+    await store.close()
+
+
 async def test_a_directory_that_others_can_use_is_refused(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     directory.mkdir(mode=0o755)
@@ -235,68 +325,3 @@ async def test_find_controller(
         await discovery.find_controller("redis://127.0.0.1:1/0", "c")
     with pytest.raises(ConfigError):
         await discovery.find_controller("redis://127.0.0.1:port/0", "c")
-
-
-# Writing behind
-
-
-@contextlib.asynccontextmanager
-async def writing(store: MetadataStore, values: dict[str, str]) -> AsyncIterator[StoreWriter]:
-    writer = StoreWriter(store, address="h:1", epoch=5, values=values)
-    writer.start()
-    try:
-        yield writer
-    finally:
-        await writer.stop(2.0)
-        await store.close()
-
-
-async def eventually(store: MetadataStore, expected: dict[str, str]) -> None:
-    found: dict[str, str] = {}
-    for _ in range(400):
-        await asyncio.sleep(0.02)
-        with contextlib.suppress(Unavailable):
-            found = await store.scan("")
-            if isinstance(store, RedisStore):
-                # These two are values there.
-                epoch, address = found.pop("epoch", None), found.pop("controller", None)
-                if epoch is None or address != "h:1":
-                    continue
-            if found == expected:
-                return
-    raise AssertionError(f"{found} instead of {expected}")
-
-
-async def test_writer_writes(make_store: MakeStore) -> None:
-    store = make_store()
-    async with writing(store, {}) as writer:
-        writer.put("a", "1")
-        writer.put("b", "1")
-        writer.put("a", "2")
-        writer.delete("b")
-        writer.raise_epoch(9)
-        await eventually(store, {"a": "2"})
-
-
-async def test_redis_may_go_away_and_come_back_empty(redis_server: RedisServer) -> None:
-    store, reader = RedisStore(redis_server.url, "away"), RedisStore(redis_server.url, "away")
-    await store.next_epoch(5)
-    await store.announce("h:1")
-    await store.put("role/a", "prefill")
-    async with writing(store, {"role/a": "prefill"}) as writer:
-        redis_server.kill()
-        writer.put("role/b", "decode")
-        with pytest.raises(Unavailable):
-            await store.get("role/a")
-        await asyncio.sleep(0.3)
-        redis_server.start()
-        expected = {"role/a": "prefill", "role/b": "decode"}
-        await eventually(reader, expected)
-        assert await reader.next_epoch(1) > 5
-        assert await reader.find_address() == "h:1"
-        # And again with nothing to write: the lost connection tells.
-        await asyncio.sleep(0.2)
-        redis_server.kill()
-        redis_server.start()
-        await eventually(reader, expected)
-    await reader.close()

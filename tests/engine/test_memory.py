@@ -16,7 +16,9 @@ import torch
 
 from baton.core.config import EngineConfig
 from baton.core.errors import ConfigError
+from baton.engine import devices
 from baton.engine.checkpoint import open_checkpoint
+from baton.engine.devices import CpuMemory
 from baton.engine.memory import (
     BLOCK_RECORD_BYTES,
     MIB,
@@ -26,7 +28,7 @@ from baton.engine.memory import (
     check_weights,
     fit_blocks,
 )
-from baton.engine.resident import process_memory, resident_bytes
+from baton.engine.resident import Mapping, mappings, process_memory, resident_bytes
 from baton.engine.runner import InlineRunner
 from baton.engine.step_inputs import GATHER_TOKENS, _batches
 from tests.engine.big_checkpoints import MEDIUM, save_big
@@ -148,6 +150,25 @@ def test_the_map_says_what_it_does_not_know() -> None:
     assert found.unaccounted == 10
     assert [line.split()[0] for line in found.text.splitlines()[1:4]] == ["a", "b", "unaccounted"]
     assert NEEDS.text in found.text
+
+
+def test_a_map_that_memory_changed_under_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that ends between two looks gives memory back that the first one has seen."""
+    memory, looks = CpuMemory(), 0
+    piece: list[torch.Tensor] = []
+
+    def look() -> list[Mapping]:
+        nonlocal looks
+        looks += 1
+        found = mappings()
+        piece.clear()
+        return found
+
+    monkeypatch.setattr(devices, "mappings", look)
+    piece.append(torch.ones(40 << 20, dtype=torch.uint8))
+    _, in_use = memory.account({})
+    assert looks == 2
+    assert in_use < 20 << 20
 
 
 def test_decode_batches_are_bounded_by_what_they_gather() -> None:

@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.client import AsyncBatonClient, GenerateChunk, generate_request
+from baton.client.admin import AdminClient
 from baton.core.errors import BatonError, Code, InstanceLost, InvalidRequest
 from baton.gateway.server import STOP_GRACE_S, GatewayServer
 from tests.gateway.gateway_support import ToyInstance, until
@@ -199,6 +200,23 @@ async def test_cancel_storm_leaves_nothing(toy: Toy) -> None:
 
     await asyncio.gather(*(one(number) for number in range(100)))
     await toy.idle()
+
+
+async def test_who_leaves_at_the_last_token_is_settled_too(toy: Toy) -> None:
+    """The request has ended by itself, and is cancelled while its end is settled."""
+    names = [f"last-{number}" for number in range(60)]
+    for name in names:
+        async with AsyncBatonClient(toy.gateway.addresses.grpc) as client:
+            request = generate_request(PROMPT, request_id=name, max_tokens=1, ignore_eos=True)
+            async with contextlib.aclosing(client.generate(request)) as chunks:
+                await anext(chunks)
+    await toy.idle()
+    with AdminClient(toy.controller.address) as admin:
+        async with asyncio.timeout(5):
+            for name in names:
+                while (told := await asyncio.to_thread(admin.explain, name)).outcome == "open":
+                    await asyncio.sleep(0.01)
+                assert told.outcome in ("length", "abort")
 
 
 async def test_stop_ends_open_requests_with_a_retryable_error(toy: Toy) -> None:

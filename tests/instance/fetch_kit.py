@@ -24,11 +24,11 @@ from kvpool.block_io import BlockMover
 from kvpool.checksum import checksum
 from kvpool.host_arena import HostArena
 from kvpool.host_table import HostTable
-from kvpool.host_tier import HostTierSpec
 from kvpool.host_values import Grant, HostStatistics
 from kvpool.layout import KVLayout
 from kvpool.pool_link import PoolLink
 from kvpool.pool_node import PoolNode
+from kvpool.tier_spec import HostTierSpec
 from kvpool.tiers import BlockMeta
 from tests.instance.instance_kit import BLOCK_SIZE, WAIT_S, until
 from tests.kvpool.middle_man import MiddleMan

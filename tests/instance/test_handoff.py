@@ -79,39 +79,6 @@ async def test_real_transports(tmp_path: Path, names: tuple[str, ...]) -> None:
 FAULTS = [fault for fault in Fault if fault is not Fault.NONE]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("at", [0, 1])
-async def test_a_pull_that_fails_is_recomputed(fault: Fault, at: int) -> None:
-    script = [Fault.NONE] * at + [fault]
-    prefill, decode = pair(script=script, handoff=HandoffConfig(lease_s=20.0, pull_timeout_s=0.2))
-    async with running(prefill, decode) as client:
-        one = request(num_prompt_tokens=40)
-        # Chunk by chunk, so that there is more than one pull.
-        await client.submit(one, Part.DECODE, decode, prefill)
-        await client.submit(one, Part.PREFILL, prefill)
-        await client.check(one)
-        await prefill.idle()
-        await decode.idle()
-        counters = decode.parts.decode.counters
-        assert counters.num_recomputed + counters.num_handoffs == 1
-        again = request("again")
-        await client.hand_over(again, prefill, decode)
-        await client.check(again)
-
-
-@pytest.mark.parametrize("fault", [Fault.SHORT, Fault.CORRUPT, Fault.STALE])
-async def test_what_half_arrived_is_wiped_before_anything_is_computed(fault: Fault) -> None:
-    """It may be NaN, which a mask does not stop."""
-    prefill, decode = pair(script=[fault])
-    async with running(prefill, decode) as client:
-        decode.runner.gate.clear()
-        await client.hand_over(request(num_prompt_tokens=14), prefill, decode)
-        await until(lambda: bool(decode.runner.started))
-        assert decode.arena.buffer.tobytes() == bytes(len(decode.arena.buffer))
-        decode.runner.gate.set()
-        await client.check(request(num_prompt_tokens=14))
-
-
 async def test_another_layout_is_recomputed() -> None:
     prefill, decode = Node("p", layout="other"), Node("d")
     async with running(prefill, decode) as client:

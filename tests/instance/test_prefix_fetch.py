@@ -113,6 +113,10 @@ async def test_a_corrupt_slot_ends_the_prefix_and_leaves_zeros(tmp_path: Path, b
         assert bench.blocks(OWN) == [*good, bytes(BLOCK_BYTES), *rest]
         assert bench.fetcher.counters.num_corrupt == 1
         assert sum(bench.fetcher.take_tiers("r").values()) == bad * BLOCK_SIZE
+        # The pool is told, looks for itself, and has it no more, nor what hangs on it.
+        await until(lambda: not pool.table.has(KEYS[bad]))
+        assert [pool.table.has(key) for key in KEYS] == [True] * bad + [False] * (4 - bad)
+        await pool.idle()
 
 
 async def test_a_slot_that_was_given_away_after_the_lease_is_not_believed(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ Filter = Callable[[int, bytes], bytes | None]
 class MiddleMan:
     """Passes one connection after another on to a server, through a filter."""
 
-    def __init__(self, address: str, pass_on: Filter) -> None:
+    def __init__(self, address: str, pass_on: Filter, *, piece_bytes: int = 65536) -> None:
+        """``piece_bytes``: the most that the filter is given at once."""
         host, _, port = address.rpartition(":")
         self._server = (host, int(port))
         self._filter = pass_on
+        self._piece_bytes = piece_bytes
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
@@ -45,7 +47,7 @@ class MiddleMan:
     def _down(self, client: socket.socket, server: socket.socket) -> None:
         offset = 0
         with contextlib.suppress(OSError):
-            while data := server.recv(65536):
+            while data := server.recv(self._piece_bytes):
                 passed = self._filter(offset, data)
                 offset += len(data)
                 if passed is None:

@@ -72,6 +72,7 @@ def test_there_and_back(host: BlockArena, layout: KVLayout) -> None:
     assert filled == [(g.ticket, checksum(host.block(g.slot))) for _, _, g in moves]
     cache.buffer[:] = bytes(len(cache.buffer))
     assert mover.load(host, slots_of(host, 3, 0, 1), [0, 2, 3], far()) == 3
+    assert not mover.faults
     assert [bytes(cache.block(block)) for block in (0, 2, 3)] == [before[b] for b in (0, 2, 3)]
     assert bytes(cache.block(1)) == bytes(layout.block_bytes)
 
@@ -123,10 +124,12 @@ def test_a_slot_that_does_not_verify(host: BlockArena, layout: KVLayout, what: s
     else:
         host.generations[1] += np.uint64(1)
     untouched = bytes(cache.block(3))
-    assert BlockMover(cache, LAYOUT.text).load(host, slots, [0, 2, 3], far()) == 1
+    mover = BlockMover(cache, LAYOUT.text)
+    assert mover.load(host, slots, [0, 2, 3], far()) == 1
     assert bytes(cache.block(0)) == b"\x55" * layout.block_bytes
     assert bytes(cache.block(2)) == bytes(layout.block_bytes)
     assert bytes(cache.block(3)) == untouched
+    assert mover.faults == {"stale" if what == "old generation" else "corrupt": 1}
 
 
 def test_a_slot_that_is_given_away_during_the_copy() -> None:
@@ -143,3 +146,4 @@ def test_nothing_after_the_deadline(host: BlockArena) -> None:
     mover = BlockMover(cache, LAYOUT.text)
     assert mover.load(host, slots_of(host, 0, 1), [0, 1], time.monotonic()) == 0
     assert bytes(cache.buffer) == before
+    assert mover.faults == {"late": 1}

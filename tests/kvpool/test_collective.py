@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
@@ -20,12 +21,14 @@ from hypothesis import strategies as st
 
 from baton.core.errors import ConfigError
 from kvpool.arena import BlockArena
-from kvpool.transport import Endpoint, TransferFailed, TransportBroken
+from kvpool.transport import Endpoint, TransferFailed, TransferFault, TransportBroken
 from kvpool.transports import collective_wire as wire
 from kvpool.transports.blocks import budget_until
 from kvpool.transports.collective import CollectiveTransport
 from kvpool.transports.collective_fake import FakeGroups, GroupFault
 from kvpool.transports.collective_pair import gather, scatter, slice_sizes, slices
+from tests.kvpool.meddler import Meddler
+from tests.kvpool.middle_man import MiddleMan
 from tests.kvpool.transport_kit import LAYOUT, copies_of, filled
 
 BLOCK = 1000
@@ -159,6 +162,24 @@ def test_a_failure_costs_the_pair_and_brings_no_wrong_byte(
     reader.pull(endpoint, cache, copies_of(FOUR), timeout_s=5)
     assert is_whole(cache, peer, FOUR)
     assert groups.num_made == 4
+
+
+def test_an_agreement_that_comes_twice_is_not_taken_for_the_end(
+    make: Make, peer: BlockArena
+) -> None:
+    """Which would be believed without the exporter's last word on generations."""
+    groups, meddler = fake(), Meddler()
+    exporter, reader = make(groups), make(groups)
+    one = [(3, 5)]
+    real = exporter.export(peer)
+    with contextlib.closing(MiddleMan(real.address, meddler)) as middle:
+        endpoint = dataclasses.replace(real, address=middle.address)
+        reader.pull(endpoint, target(), copies_of(one), timeout_s=5)
+        meddler.act(meddler.double(wire.REPLY.size + 2 * wire.CHECKSUM.size))
+        with pytest.raises(TransportBroken, match="the answer to another pull") as caught:
+            reader.pull(endpoint, target(), copies_of(one), timeout_s=5)
+        assert caught.value.fault == TransferFault.CORRUPT
+        reader.close()
 
 
 @pytest.mark.parametrize("at", [0, 5])

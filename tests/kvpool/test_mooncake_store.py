@@ -327,7 +327,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mooncake.store", None)
     with pytest.raises(ConfigError, match="install mooncake-transfer-engine") as caught:
         MooncakeStore(f"{HOST}:1", layout="x")
-    assert caught.value.param == "pool.external.kind"
+    assert caught.value.param == "pool.external.master"
 
 
 def test_counts_begin_at_nothing(values: Values) -> None:

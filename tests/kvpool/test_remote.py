@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from kvpool.pool_link import PoolLink
 from kvpool.pool_node import PoolNode
 from kvpool.tiers import BlockMeta, Tier
+from kvpool.transport import TransferFault
 from protos.baton.internal.v1 import controller_pb2, pool_pb2, pool_pb2_grpc
 from protos.serving import channel_options
 from tests.controller.service_kit import Cluster, make_service
@@ -100,6 +103,22 @@ async def numbers(address: str) -> dict[str, float]:
     return {name.removeprefix("baton_pool_"): value for name, value in status.numbers.items()}
 
 
+async def faults(node: PoolNode) -> dict[str, int]:
+    """Those of its metrics that are not zero, by kind; all kinds are there."""
+
+    def read() -> str:
+        with urllib.request.urlopen(f"http://{node.http_address}/metrics", timeout=WAIT_S) as reply:
+            return bytes(reply.read()).decode()
+
+    found = re.findall(
+        r'^baton_pool_remote_faults_total{fault="(\w+)"} (\S+)$',
+        await asyncio.to_thread(read),
+        re.MULTILINE,
+    )
+    assert {fault for fault, _ in found} == set(TransferFault)
+    return {fault: int(float(count)) for fault, count in found if float(count)}
+
+
 async def until_number(address: str, name: str, value: float) -> None:
     async def there() -> bool:
         return (await numbers(address))[name] == value
@@ -120,6 +139,7 @@ async def test_a_prefix_comes_from_the_other_machine(cluster: Cluster, tmp_path:
         assert await found_by(link_b, metas) == [HOST] * 5
         assert (await numbers(node_b.address))["promoted_remote"] == 3
         await until_number(node_a.address, "host_holds", 0)
+        assert await faults(node_b) == {}
         # And now the index knows both.
         await known(cluster, "pool-b", metas)
 
@@ -193,6 +213,7 @@ async def test_damaged_bytes_are_not_believed(cluster: Cluster, tmp_path: Path) 
         told = await numbers(node_b.address)
         assert (told["promoted_remote"], told["failed_remote"]) == (2, 2)
         assert (told["host_tickets"], told["host_used"]) == (0, 2)
+        assert await faults(node_b) == {"corrupt": 1}
         await until_number(node_a.address, "host_holds", 0)
 
 
@@ -216,6 +237,9 @@ async def test_the_other_machine_goes_away(
         assert await found_by(link_b, metas, timeout_s=60.0) == []
         told = await numbers(node_b.address)
         assert (told["host_tickets"], told["host_used"]) == (0, 0)
+        # One that is frozen may not even be connected to.
+        counted = await faults(node_b)
+        assert counted in ([{"gone": 1}, {"late": 1}] if how == signal.SIGSTOP else [{"gone": 1}])
         await store_at(link_b, metas)
         assert await found_by(link_b, metas) == [HOST] * 3
 

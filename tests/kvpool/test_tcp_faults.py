@@ -13,7 +13,7 @@ import pytest
 
 from baton.core.errors import ConfigError
 from kvpool.arena import BlockArena
-from kvpool.transport import Endpoint, TransferFailed, TransportBroken
+from kvpool.transport import Endpoint, TransferFailed, TransferFault, TransportBroken
 from kvpool.transports import tcp_wire as wire
 from kvpool.transports.tcp import TcpTransport
 from kvpool.transports.tcp_server import BlockServer
@@ -75,6 +75,8 @@ DATA = 4 * BLOCK
         (REPLY + DATA - 1, "wrong checksum"),
         (REPLY + DATA, "wrong checksum"),
         (REPLY + DATA + 8, "does not speak"),
+        (8, "the answer to another request"),
+        (REPLY + DATA + 8 + 15, "the answer to another request"),
     ],
 )
 def test_one_wrong_bit_anywhere(
@@ -83,9 +85,11 @@ def test_one_wrong_bit_anywhere(
     copies = copies_of([(i, i) for i in range(4)])
     with (
         contextlib.closing(MiddleMan(server.address, flip(at))) as middle,
-        pytest.raises(TransferFailed, match=message),
+        pytest.raises(TransferFailed, match=message) as caught,
     ):
         reader.pull(endpoint(middle.address, server.token), target(), copies, timeout_s=2)
+    # Of the status, all values have a meaning that one bit may turn into another.
+    assert at == 5 or caught.value.fault == TransferFault.CORRUPT
 
 
 @pytest.mark.parametrize("length", [0, 3, REPLY, REPLY + 1, REPLY + DATA, REPLY + DATA + 8 + 3])
@@ -101,9 +105,11 @@ def test_short_reads_and_resets(
     copies = copies_of([(i, i) for i in range(4)])
     with (
         contextlib.closing(MiddleMan(server.address, cut)) as middle,
-        pytest.raises(TransportBroken, match="failed"),
+        pytest.raises(TransportBroken, match="failed") as caught,
     ):
         reader.pull(endpoint(middle.address, server.token), target(), copies, timeout_s=5)
+    ended = TransferFault.SHORT if length else TransferFault.GONE
+    assert caught.value.fault == (TransferFault.GONE if reset else ended)
 
 
 def test_a_stalled_peer_costs_the_budget_and_no_more(reader: TcpTransport) -> None:
@@ -114,25 +120,6 @@ def test_a_stalled_peer_costs_the_budget_and_no_more(reader: TcpTransport) -> No
             reader.pull(endpoint(address), target(), copies_of([(0, 0)]), timeout_s=0.2)
         assert not isinstance(caught.value, TransportBroken)
         assert 0.2 <= time.monotonic() - started < 5
-
-
-def test_a_peer_that_stalls_in_the_middle(server: BlockServer, reader: TcpTransport) -> None:
-    go_on = threading.Event()
-
-    def stall(offset: int, data: bytes) -> bytes:
-        if offset + len(data) > REPLY:
-            go_on.wait(10)
-        return data
-
-    with contextlib.closing(MiddleMan(server.address, stall)) as middle:
-        with pytest.raises(TransferFailed, match="took longer"):
-            reader.pull(
-                endpoint(middle.address, server.token),
-                target(),
-                copies_of([(0, 0)]),
-                timeout_s=0.2,
-            )
-        go_on.set()
 
 
 def test_connections_are_reused_and_a_stale_one_is_replaced(

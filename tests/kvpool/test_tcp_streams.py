@@ -190,7 +190,7 @@ def test_a_reader_that_does_not_read_is_dropped(server: BlockServer, tmp_path: P
             copies = copies_of([(i, i) for i in range(4)])
             layout = LAYOUT.encode()
             fixed = wire.REQUEST.pack(
-                wire.MAGIC, wire.VERSION, large.token.encode(), 4, size, 200, len(layout)
+                wire.MAGIC, wire.VERSION, large.token.encode(), 4, size, 200, len(layout), 0
             )
             lazy.sendall(fixed + layout + wire.pack_copies(copies))
             assert lazy.recv(wire.REPLY.size, socket.MSG_WAITALL)[: len(wire.MAGIC)] == wire.MAGIC

@@ -97,6 +97,15 @@ def test_a_file_of_another_machine_is_not_reachable(peer: BlockArena, tmp_path: 
         one.close()
 
 
+COUNTED = {
+    Fault.FAIL: "gone",
+    Fault.SHORT: "short",
+    Fault.CORRUPT: "corrupt",
+    Fault.STALE: "stale",
+    Fault.STALL: "late",
+}
+
+
 @pytest.mark.parametrize("fault", [Fault.FAIL, Fault.SHORT, Fault.CORRUPT])
 def test_a_broken_way_is_left_for_another(peer: BlockArena, fault: Fault) -> None:
     exporter = TransportSet(make_transports(["auto"], HOST))
@@ -108,6 +117,7 @@ def test_a_broken_way_is_left_for_another(peer: BlockArena, fault: Fault) -> Non
     assert all(cache.block(dst) == peer.block(src) for src, dst in pairs)
     # And it stays with what works.
     assert reader.pull(endpoints, cache, copies_of(pairs), 5).transport == "tcp"
+    assert reader.faults == {("shm", COUNTED[fault]): 1}
     for one in (exporter, reader):
         one.close()
 
@@ -122,6 +132,7 @@ def test_what_no_transport_can_mend_is_raised(peer: BlockArena, fault: Fault, me
     with pytest.raises(TransferFailed, match=message):
         reader.pull(endpoints, target(), copies_of([(0, 0)]), 0.2)
     assert reader.pull(endpoints, target(), copies_of([(0, 0)]), 5).transport == "shm"
+    assert reader.faults == {("shm", COUNTED[fault]): 1}
     for one in (exporter, reader):
         one.close()
 
@@ -304,6 +315,7 @@ def test_nothing_unverified_gets_into_the_cache(fault: Fault, tmp_path: Path) ->
     endpoints = exporter.endpoints(peer)
     with pytest.raises(TransferFailed):
         reader.pull(endpoints, cache, copies_of(PAIRS), 0.2)
+    assert reader.faults == {("shm", COUNTED[fault]): 1}
     assert others(cache, []) == {UNTOUCHED}
     reader.pull(endpoints, cache, copies_of(PAIRS), 5)
     for one in (reader, exporter):
@@ -348,5 +360,6 @@ def test_what_cannot_be_resharded_is_refused(layout: str, reason: str, tmp_path:
     endpoints = exporter.endpoints(sharded(tmp_path, 2))
     with pytest.raises(TransferFailed, match=f"layouts differ: the peer has .*{reason}"):
         reader.pull(endpoints, BlockArena.private(8, SIZE, layout), copies_of(PAIRS), 5)
+    assert reader.faults == {("none", "layout"): 1}
     for one in (reader, exporter):
         one.close()

@@ -15,10 +15,11 @@ from baton.core.blocks import BlockKey
 from baton.core.config import PoolConfig
 from kvpool.arena import BlockArena
 from kvpool.checksum import checksum
-from kvpool.host_tier import HeldSlot, HostTier, HostTierSpec
-from kvpool.host_values import Grant
+from kvpool.host_tier import HostTier
+from kvpool.host_values import Grant, HeldSlot
 from kvpool.layout import KVLayout
 from kvpool.pool_link import Hold, PoolLink
+from kvpool.tier_spec import HostTierSpec
 from kvpool.tiers import BlockMeta, Tier
 
 WAIT_S = 10.0

@@ -658,16 +658,22 @@ class ReleaseHoldsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HOLD_IDS_FIELD_NUMBER: _builtins.int
+    DOUBTFUL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hold_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def doubtful(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """keys of blocks that did not verify where they were read"""
+
     def __init__(
         self,
         *,
         hold_ids: _abc.Iterable[_builtins.int] | None = ...,
+        doubtful: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_ids", b"hold_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doubtful", b"doubtful", "hold_ids", b"hold_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
