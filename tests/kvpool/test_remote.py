@@ -237,9 +237,10 @@ async def test_the_other_machine_goes_away(
         assert await found_by(link_b, metas, timeout_s=60.0) == []
         told = await numbers(node_b.address)
         assert (told["host_tickets"], told["host_used"]) == (0, 0)
-        # One that is frozen may not even be connected to.
+        # One that is frozen may not even be connected to; of one that was killed the controller may
+        # know already, and then nobody is sent there.
         counted = await faults(node_b)
-        assert counted in ([{"gone": 1}, {"late": 1}] if how == signal.SIGSTOP else [{"gone": 1}])
+        assert counted in [{"gone": 1}, {"late": 1} if how == signal.SIGSTOP else {}]
         await store_at(link_b, metas)
         assert await found_by(link_b, metas) == [HOST] * 3
 
