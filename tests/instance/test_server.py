@@ -170,7 +170,7 @@ async def test_a_cache_that_does_not_fit(house: House) -> None:
 async def test_the_cache_gets_what_memory_is_left(house: House) -> None:
     """Engine, arena and what the controller is told have the number that was measured."""
     engine = EngineConfig(
-        num_blocks=None, memory_limit_gib=1.0, max_num_seqs=4, max_num_batched_tokens=64
+        num_blocks=None, memory_limit_gib=1.5, max_num_seqs=4, max_num_batched_tokens=64
     )
     async with serving(InstanceServer(house.spec(engine=engine))) as server:
         await house.cluster.state("i", "ready")
