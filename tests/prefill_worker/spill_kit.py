@@ -92,6 +92,7 @@ async def scene(
     num_blocks: int = 16,
     decode_blocks: int = 16,
     handoff: HandoffConfig = SLOW,
+    spill_after_s: float = 0.02,
 ) -> AsyncIterator[Scene]:
     line = GatedLoopback()
     async with pool_of(directory, num_slots) as pool:
@@ -103,7 +104,7 @@ async def scene(
             transports=[LoopbackTransport()],
             layout=LAYOUT,
             pool=pool.side,
-            spill_after_s=0.02,
+            spill_after_s=spill_after_s,
         )
         decode = Node(
             "d",

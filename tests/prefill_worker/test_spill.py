@@ -187,7 +187,8 @@ async def test_a_pull_that_had_not_begun_does_not_take_old_numbers_to_the_new_pl
     tmp_path: Path,
 ) -> None:
     """The host tier has other blocks under the same numbers, and of the same generation."""
-    async with scene(tmp_path, num_blocks=24, decode_blocks=64) as s:
+    # Not at once: one that has just come and awaits its first step looks like one without room.
+    async with scene(tmp_path, num_blocks=24, decode_blocks=64, spill_after_s=1.0) as s:
         await s.pool.put(keys_of(24, "of somebody else"))
         assert {s.pool.arena.blocks.generation(slot) for slot in range(24)} == {1}
         s.line.gate.clear()
