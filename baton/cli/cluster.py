@@ -18,7 +18,7 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.cli.ports import answers, check_port, free_port
-from baton.cli.processes import RayProcesses
+from baton.cli.processes import RayProcesses, signals_kept
 from baton.core.config import ServeConfig
 from baton.core.errors import ConfigError, NotFound
 from baton.engine.checkpoint import Checkpoint, open_checkpoint
@@ -189,7 +189,8 @@ class ClusterRun:
         if config.address is None:
             self._ray_processes = RayProcesses()
         try:
-            ray.init(**options)
+            with signals_kept():
+                ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"Ray did not start: {error}", param="address") from error
         with self._waiting():

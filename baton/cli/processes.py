@@ -11,9 +11,10 @@ import ctypes
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
+import ray
 
 _PARTS = ("raylet", "gcs_server")
 _PR_SET_CHILD_SUBREAPER = 36
@@ -82,3 +83,19 @@ def _take_orphans_in() -> None:
     # Without it (not Linux) orphans still end by themselves, only later.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Keep Ray's start from putting a handler for SIGTERM in the place of ours.
+
+    Its own raises SystemExit wherever the process happens to be. That tears what is half done, or
+    is lost: what is raised in a callback is printed and ignored, and the cluster comes up.
+    """
+    utils = ray._private.utils
+    theirs = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs

@@ -38,13 +38,12 @@ class Stopper:
         self._num_signals = 0
         self._num_obeyed = 0
         self._waits = False
-        self._install()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around a wait: ended by a signal, also by one that came before."""
-        # Ray's start has put handlers of its own in place.
-        self._install()
         self._waits = True
         try:
             if self._num_signals > self._num_obeyed:
@@ -61,10 +60,6 @@ class Stopper:
         """The cluster is gone: have the main thread stop. From any thread."""
         self.reason = reason
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def _install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._num_signals += 1
@@ -101,8 +96,7 @@ def run_cluster(
             while_up(endpoints, stopper)
         else:
             stopper.event.wait()
-    except (StopRequested, SystemExit):
-        # SystemExit: while it starts, Ray has a handler of its own for SIGTERM.
+    except StopRequested:
         if stopper.reason is None:
             console.print("a signal came before everything was ready")
     finally:

@@ -43,7 +43,7 @@ class _Fetch:
     loading: bool = False
     aborted: bool = False
     doubtful: BlockKey | None = None
-    """Of the block that did not verify."""
+    """Key of the block at which the copy ended."""
 
 
 @dataclasses.dataclass(slots=True)

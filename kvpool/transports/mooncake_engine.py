@@ -8,16 +8,20 @@ What was found out about version 0.3.13, and is why this file is as it is:
   minute while it meets a peer that is frozen, during which no other read of the engine begins. So
   nobody waits for one beyond a deadline.
 * It refuses more than 2048 outstanding slices.
+* What it has learnt of a peer it keeps by the peer's address for ever, and ports are drawn from two
+  thousand: it does not find a new process at the port of an old one. So an address at which a read
+  failed is spelt in another way from then on, and the engine takes it for a new one.
 * Ending an engine takes a second, during which no Python thread runs.
 * Whoever reaches its port may read *and write* registered memory: it knows no tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,8 @@ MAX_READS = 8
 """At the same time."""
 STAGING_BYTES = 8 << 20
 _END_S = 5.0
+_SPELLINGS = 64
+"""Of one address, before the first one is taken again."""
 
 
 class MooncakeEngine:
@@ -63,6 +69,8 @@ class MooncakeEngine:
         # Peers may be reading until the engine has ended: the memory has to be there so long.
         self._kept: list[memoryview] = []
         self._pools: dict[int, StagingPool] = {}
+        self._zeros: dict[str, int] = {}
+        """Sessions met -> how many zeros their port begins with."""
 
     def export(self, cache: KVCache) -> int:
         """Let peers read ``cache``; returns the address of its first block. Undone by ``withdraw``.
@@ -103,21 +111,23 @@ class MooncakeEngine:
         total = sum(lengths)
         offsets = np.cumsum([0, *lengths[:-1]])
 
-        def fill(staging: Staging) -> bool:
+        def fill(name: str, staging: Staging) -> bool:
             targets = (offsets + staging.address).tolist()
             code = self._engine.batch_transfer_sync_read(
-                session, targets, list(addresses), list(lengths)
+                name, targets, list(addresses), list(lengths)
             )
             return bool(code == 0)
 
         try:
-            with self._pool(total).filled(self.calls, fill, budget) as staging:
-                if staging is None:
-                    raise broken(
-                        f"Mooncake could not read from {session}: it is gone or busy",
-                        TransferFault.GONE,
-                    )
-                use(staging)
+            for name in self._spellings(session):
+                call = functools.partial(fill, name)
+                with self._pool(total).filled(self.calls, call, budget) as staging:
+                    if staging is not None:
+                        use(staging)
+                        return
+            raise broken(
+                f"Mooncake could not read from {session}: it is gone or busy", TransferFault.GONE
+            )
         except Overloaded as error:
             raise broken(f"Mooncake takes no more reads: {error}", TransferFault.OTHER) from error
         except ConfigError as error:
@@ -131,6 +141,23 @@ class MooncakeEngine:
         self._kept.clear()
         self._pools.clear()
         return True
+
+    def _spellings(self, session: str) -> Iterator[str]:
+        """How to write a peer's address: as the last time, and, if that fails, once in a new way.
+
+        The latter for peers that were met before: what the engine knows of another tells nothing.
+        """
+        host, port = session.rsplit(":", 1)
+        with self._lock:
+            is_new = session not in self._zeros
+            zeros = self._zeros.setdefault(session, 0)
+        yield f"{host}:{'0' * zeros}{port}"
+        with self._lock:
+            if self._zeros[session] == zeros:  # else another reader has been here
+                self._zeros[session] = (zeros + 1) % _SPELLINGS
+            zeros = self._zeros[session]
+        if not is_new:
+            yield f"{host}:{'0' * zeros}{port}"
 
     def _pool(self, num_bytes: int) -> StagingPool:
         """Buffers of the smallest size that is enough: the usual one, or twice it, or ..."""

@@ -28,7 +28,7 @@ from tests.cluster.harness import (
 )
 from tests.cluster.load import Load, streaming_load
 from tests.cluster.machines import two_machines
-from tests.cluster.redis_kit import Redis, redis_server
+from tests.redis_kit import Redis, redis_server
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
 

@@ -23,7 +23,7 @@ from tests.cluster.harness import (
     wait_until,
 )
 from tests.cluster.machines import OUTSIDE, Machine, two_machines
-from tests.cluster.redis_kit import Redis, redis_server
+from tests.redis_kit import Redis, redis_server
 
 RAY_PORT = "6391"
 NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}

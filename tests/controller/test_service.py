@@ -22,7 +22,6 @@ from protos.baton.v1 import cluster_pb2, cluster_pb2_grpc
 from protos.convert import instance_to_record
 from protos.serving import channel_options
 from protos.status import error_from_rpc
-from tests.controller.conftest import RedisServer
 from tests.controller.controller_helpers import make_info
 from tests.controller.service_kit import (
     CONFIG,
@@ -35,6 +34,7 @@ from tests.controller.service_kit import (
     states,
     within,
 )
+from tests.redis_kit import Redis
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ async def test_drain(cluster: Cluster) -> None:
     assert (error.code, error.param) == (Code.NOT_FOUND, "instance_id")
 
 
-async def test_restart_of_the_controller(tmp_path: Path, redis_server: RedisServer) -> None:
+async def test_restart_of_the_controller(tmp_path: Path, redis_server: Redis) -> None:
     options: dict[str, Any] = {"store": None, "store_url": redis_server.url, "cluster": "restart"}
     async with running(make_service(tmp_path, **options)) as cluster:
         p = await cluster.join("p", "prefill")
@@ -341,7 +341,7 @@ async def test_idle_means_no_timer(cluster: Cluster) -> None:
     assert cluster.service.shell._timer is None
 
 
-def test_the_actor_class_serves_without_ray(redis_server: RedisServer) -> None:
+def test_the_actor_class_serves_without_ray(redis_server: Redis) -> None:
     actor = ControllerActor("actor", "127.0.0.1", 0, redis_server.url, CONFIG, "m")
     try:
         with grpc.insecure_channel(actor.address(), options=channel_options()) as channel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 
@@ -16,34 +15,22 @@ from controller.store import MetadataStore
 from controller.store_memory import MemoryStore
 from controller.store_redis import RedisStore
 from controller.store_writer import StoreWriter
-from tests.controller.conftest import RedisServer
+from tests.redis_kit import Redis, redis_server
 
 SHORT_S = 0.2
 
 
 @pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+def own_redis() -> Iterator[Redis]:
     """For one test, which may do to it what it likes."""
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
+    with redis_server() as server:
+        yield server
 
 
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls give up sooner."""
     monkeypatch.setattr(store_redis, "_TIMEOUT_S", SHORT_S)
-
-
-def freeze(server: RedisServer) -> None:
-    assert server.process is not None
-    server.process.send_signal(signal.SIGSTOP)
-
-
-def thaw(server: RedisServer) -> None:
-    assert server.process is not None
-    server.process.send_signal(signal.SIGCONT)
 
 
 def all_calls(store: MetadataStore) -> list[Awaitable[object]]:
@@ -73,19 +60,19 @@ async def check_unavailable(store: MetadataStore) -> None:
 
 @pytest.mark.usefixtures("short_limits")
 @pytest.mark.parametrize("how", ["killed", "frozen"])
-async def test_every_method_fails_in_time_and_works_again(own_redis: RedisServer, how: str) -> None:
+async def test_every_method_fails_in_time_and_works_again(own_redis: Redis, how: str) -> None:
     store = RedisStore(own_redis.url, "c")
     await store.put("k", "1")
     if how == "killed":
         own_redis.kill()
     else:
-        freeze(own_redis)
+        own_redis.freeze()
     await check_unavailable(store)
     await check_unavailable(RedisStore(own_redis.url, "c"))
     if how == "killed":
         own_redis.start()
     else:
-        thaw(own_redis)
+        own_redis.thaw()
     await store.put("k", "3")
     assert await store.get("k") == "3"
     first = await store.next_epoch(1)
@@ -96,10 +83,10 @@ async def test_every_method_fails_in_time_and_works_again(own_redis: RedisServer
 
 
 @pytest.mark.usefixtures("short_limits")
-async def test_closing_does_not_wait_for_a_frozen_server(own_redis: RedisServer) -> None:
+async def test_closing_does_not_wait_for_a_frozen_server(own_redis: Redis) -> None:
     store = RedisStore(own_redis.url, "c")
     await store.announce("h:1")
-    freeze(own_redis)
+    own_redis.freeze()
     async with asyncio.timeout(10.0):
         await store.close()
 
@@ -119,7 +106,7 @@ async def test_something_else_on_that_port(said: bytes) -> None:
         await store.close()
 
 
-async def test_epochs_of_several_controllers(own_redis: RedisServer) -> None:
+async def test_epochs_of_several_controllers(own_redis: Redis) -> None:
     stores = [RedisStore(own_redis.url, "c") for _ in range(4)]
     calls = (store.next_epoch(1) for store in stores for _ in range(25))
     assert sorted(await asyncio.gather(*calls)) == list(range(1, 101))
@@ -127,7 +114,7 @@ async def test_epochs_of_several_controllers(own_redis: RedisServer) -> None:
         await store.close()
 
 
-async def test_watching_ends_when_the_server_goes(own_redis: RedisServer) -> None:
+async def test_watching_ends_when_the_server_goes(own_redis: Redis) -> None:
     store = RedisStore(own_redis.url, "c")
     for _ in range(2):
         connected = asyncio.Event()
@@ -170,7 +157,7 @@ async def eventually(store: MetadataStore, expected: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["memory", "redis"])
-async def test_writer_writes(kind: str, own_redis: RedisServer, tmp_path: Path) -> None:
+async def test_writer_writes(kind: str, own_redis: Redis, tmp_path: Path) -> None:
     store: MetadataStore = MemoryStore("c", directory=tmp_path / "run")
     if kind == "redis":
         store = RedisStore(own_redis.url, "c")
@@ -183,7 +170,7 @@ async def test_writer_writes(kind: str, own_redis: RedisServer, tmp_path: Path) 
         await eventually(store, {"a": "2"})
 
 
-async def test_redis_may_go_away_and_come_back_empty(own_redis: RedisServer) -> None:
+async def test_redis_may_go_away_and_come_back_empty(own_redis: Redis) -> None:
     store, reader = RedisStore(own_redis.url, "away"), RedisStore(own_redis.url, "away")
     await store.next_epoch(5)
     await store.announce("h:1")
@@ -210,17 +197,17 @@ async def test_redis_may_go_away_and_come_back_empty(own_redis: RedisServer) -> 
 
 
 @pytest.mark.usefixtures("short_limits")
-async def test_the_last_write_counts_after_a_freeze(own_redis: RedisServer) -> None:
+async def test_the_last_write_counts_after_a_freeze(own_redis: Redis) -> None:
     store, reader = RedisStore(own_redis.url, "c"), RedisStore(own_redis.url, "c")
     async with writing(store, {"gone": "1"}) as writer:
         await eventually(reader, {"gone": "1"})
-        freeze(own_redis)
+        own_redis.freeze()
         # Each write is sent, given up, and read by the server when it goes on.
         for number in range(6):
             writer.put("a", str(number))
             writer.delete("gone")
             await asyncio.sleep(2.5 * SHORT_S)
-        thaw(own_redis)
+        own_redis.thaw()
         await eventually(reader, {"a": "5"})
         # What was sent before it has been read by now.
         await asyncio.sleep(0.3)
@@ -228,11 +215,11 @@ async def test_the_last_write_counts_after_a_freeze(own_redis: RedisServer) -> N
     await reader.close()
 
 
-async def test_a_writer_stops_in_time_while_the_server_is_frozen(own_redis: RedisServer) -> None:
+async def test_a_writer_stops_in_time_while_the_server_is_frozen(own_redis: Redis) -> None:
     store = RedisStore(own_redis.url, "c")
     writer = StoreWriter(store, address="h:1", epoch=1, values={})
     writer.start()
-    freeze(own_redis)
+    own_redis.freeze()
     writer.put("a", "1")
     async with asyncio.timeout(5.0):
         await writer.stop(SHORT_S)

@@ -20,7 +20,7 @@ from controller import discovery, store_memory
 from controller.store import MetadataStore
 from controller.store_memory import MemoryStore
 from controller.store_redis import RedisStore
-from tests.controller.conftest import RedisServer
+from tests.redis_kit import Redis
 
 MakeStore = Callable[..., MetadataStore]
 
@@ -36,7 +36,7 @@ async def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIte
         if request.param == "memory":
             store = MemoryStore(prefix + cluster, directory=tmp_path / "run")
         else:
-            server: RedisServer = request.getfixturevalue("redis_server")
+            server: Redis = request.getfixturevalue("redis_server")
             store = RedisStore(server.url, prefix + cluster)
         made.append(store)
         return store
@@ -309,7 +309,7 @@ async def test_a_directory_that_others_can_use_is_refused(tmp_path: Path) -> Non
 
 
 async def test_find_controller(
-    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, redis_server: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_memory, "address_directory", lambda: tmp_path / "run")
     for url in ("memory", redis_server.url):

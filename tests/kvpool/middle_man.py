@@ -17,8 +17,7 @@ class MiddleMan:
 
     def __init__(self, address: str, pass_on: Filter, *, piece_bytes: int = 65536) -> None:
         """``piece_bytes``: the most that the filter is given at once."""
-        host, _, port = address.rpartition(":")
-        self._server = (host, int(port))
+        self.serve(address)
         self._filter = pass_on
         self._piece_bytes = piece_bytes
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -26,6 +25,11 @@ class MiddleMan:
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
+
+    def serve(self, address: str) -> None:
+        """Pass the connections to come on to this server."""
+        host, _, port = address.rpartition(":")
+        self._server = (host, int(port))
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):

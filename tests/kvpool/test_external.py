@@ -20,6 +20,7 @@ from kvpool.external_values import (
     unpack,
 )
 from kvpool.tiers import BlockMeta
+from tests.kvpool.store_kit import COUNTED
 
 KEYS = [bytes([i]) * 16 for i in range(8)]
 VALUE = 50
@@ -81,18 +82,7 @@ TestStoreUnderFaults = StoreUnderFaults.TestCase
 TestStoreUnderFaults.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
-@pytest.mark.parametrize(
-    ("fault", "counted"),
-    [
-        (StoreFault.MISS, "misses"),
-        (StoreFault.SHORT, "wrong_lengths"),
-        (StoreFault.LONG, "wrong_lengths"),
-        (StoreFault.FLIP, "wrong_checksums"),
-        (StoreFault.SWAP, "wrong_checksums"),
-        (StoreFault.FAIL, "errors"),
-        (StoreFault.STALL, "late"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "counted"), COUNTED.items())
 def test_each_fault_is_counted_and_passes(fault: StoreFault, counted: str) -> None:
     store = MemoryExternalStore("x", 1 << 20, timeout_s=0.05)
     blocks = [(BlockMeta(key, None), payload_of(key)) for key in KEYS]

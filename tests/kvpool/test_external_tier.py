@@ -25,6 +25,7 @@ from kvpool.pool_node import PoolNode
 from kvpool.tiers import BlockMeta, Tier
 from protos.baton.internal.v1 import pool_pb2, pool_pb2_grpc
 from tests.kvpool.mooncake_kit import Master, holder
+from tests.kvpool.store_kit import COUNTED
 from tests.kvpool.tier_kit import (
     LAYOUT,
     WAIT_S,
@@ -148,18 +149,7 @@ async def test_more_than_the_host_tier_holds(tmp_path: Path, shared: Shared) -> 
         assert b.counters.num_failed[EXTERNAL] == 0
 
 
-@pytest.mark.parametrize(
-    ("fault", "counted"),
-    [
-        (StoreFault.MISS, "misses"),
-        (StoreFault.SHORT, "wrong_lengths"),
-        (StoreFault.LONG, "wrong_lengths"),
-        (StoreFault.FLIP, "wrong_checksums"),
-        (StoreFault.SWAP, "wrong_checksums"),
-        (StoreFault.FAIL, "errors"),
-        (StoreFault.STALL, "late"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "counted"), COUNTED.items())
 async def test_a_store_that_goes_wrong_is_a_miss(
     tmp_path: Path, shared: Shared, fault: StoreFault, counted: str
 ) -> None:

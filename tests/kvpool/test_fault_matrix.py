@@ -30,8 +30,6 @@ from tests.kvpool.fault_kit import (
     make_bench,
     released,
 )
-from tests.kvpool.mooncake_kit import held_engine
-from tests.kvpool.tls_kit import Authority
 from tests.kvpool.transport_kit import LAYOUT, copies_of, filled, resources
 
 LATE, STALE = {TransferFault.LATE}, {TransferFault.STALE}
@@ -103,17 +101,6 @@ def quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
-    return Authority(tmp_path_factory.mktemp("tls") / "authority").issue("peer")
-
-
-@pytest.fixture(scope="module")
-def mooncake() -> Iterator[None]:
-    with held_engine():
-        yield
 
 
 _warm: set[str] = set()

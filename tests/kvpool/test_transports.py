@@ -12,23 +12,10 @@ from baton.core.config import TlsConfig
 from kvpool.arena import BlockArena
 from kvpool.transport import BlockCopy, Endpoint, TransferFailed, Transport, TransportBroken
 from kvpool.transports import make_transports
-from tests.kvpool.mooncake_kit import held_engine
-from tests.kvpool.tls_kit import Authority
 from tests.kvpool.transport_kit import LAYOUT, copies_of, filled, resources
 
 BLOCK = 1000
 NAMES = ("loopback", "shm", "tcp", "tcp+tls", "collective", "mooncake")
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
-    return Authority(tmp_path_factory.mktemp("tls") / "authority").issue("peer")
-
-
-@pytest.fixture(scope="module")
-def mooncake() -> Iterator[None]:
-    with held_engine():
-        yield
 
 
 @pytest.fixture(params=NAMES)

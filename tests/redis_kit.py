@@ -1,4 +1,4 @@
-"""A redis-server of a cluster test's own, that can be frozen, killed, and come back empty."""
+"""A real redis-server of a test's own, that can be frozen, killed, and come back empty."""
 
 from __future__ import annotations
 
