@@ -129,7 +129,8 @@ class ClusterRun:
             (self._pools, 2.0),
         ):
             self._stop_actors(actors, timeout_s)
-        ray.shutdown()
+        with signals_kept():
+            ray.shutdown()
 
     def kill(self) -> None:
         """End at once what :meth:`stop` has left, and remove what it shared. Bounded."""

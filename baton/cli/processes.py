@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import select
+import signal
 import threading
 from collections.abc import Callable, Iterator
 
@@ -87,15 +88,19 @@ def _take_orphans_in() -> None:
 
 @contextlib.contextmanager
 def signals_kept() -> Iterator[None]:
-    """Keep Ray's start from putting a handler for SIGTERM in the place of ours.
+    """Around Ray's start and end, which put handlers for SIGTERM in the place of ours.
 
-    Its own raises SystemExit wherever the process happens to be. That tears what is half done, or
-    is lost: what is raised in a callback is printed and ignored, and the cluster comes up.
+    That of its Python part raises SystemExit wherever the process happens to be: it tears what is
+    half done, or is lost, as what is raised in a callback is printed and ignored. It is not let in.
+    That of its C++ part prints where the process was and then calls ours, and Ray's end leaves
+    the default, which ends a stop half-way: ours takes their place.
     """
     utils = ray._private.utils
     theirs = utils.set_sigterm_handler
+    ours = signal.getsignal(signal.SIGTERM)
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = theirs
+        signal.signal(signal.SIGTERM, ours)

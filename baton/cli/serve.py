@@ -62,6 +62,8 @@ class Stopper:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # A handler that Ray's start has in place for a moment aborts in three seconds.
+        signal.alarm(0)
         self._num_signals += 1
         self.event.set()
         if self._waits:
