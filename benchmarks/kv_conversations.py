@@ -168,7 +168,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "schema": SCHEMA,
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": limits,
-            "arguments": {key: str(value) for key, value in vars(arguments).items()},
+            "arguments": {
+                key: value.name if isinstance(value, Path) else value  # no path of this machine
+                for key, value in vars(arguments).items()
+                if key != "json"
+            },
             "prompt_tokens": total,
             "ideal_hit_rate": ideal,
             "runs": runs,
