@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -106,18 +107,14 @@ def test_a_peer_that_is_killed_between_two_reads(tmp_path: Path, reader: Mooncak
 
 def test_a_new_process_at_the_port_of_an_old_one(tmp_path: Path, reader: MooncakeTransport) -> None:
     arena, cache = filled(tmp_path, 2, BLOCK), target(2)
-    port: MiddleMan | None = None
-    for pairs in ([(0, 0)], [(0, 0), (1, 1)], [(0, 1), (1, 0)]):
-        with exporter(arena) as (_, endpoint):
-            server, session, base = endpoint.address.split("/")
-            if port is None:
-                port = MiddleMan(session, lambda _, data: data)
-            port.serve(session)
-            moved = dataclasses.replace(endpoint, address=f"{server}/{port.address}/{base}")
-            reader.pull(moved, cache, copies_of(pairs), timeout_s=20)
-            assert all(cache.block(dst) == arena.block(src) for src, dst in pairs)
-    assert port is not None
-    port.close()
+    with contextlib.closing(MiddleMan(f"{HOST}:1", lambda _, data: data)) as port:
+        for pairs in ([(0, 0)], [(0, 0), (1, 1)], [(0, 1), (1, 0)]):
+            with exporter(arena) as (_, endpoint):
+                server, session, base = endpoint.address.split("/")
+                port.serve(session)
+                moved = dataclasses.replace(endpoint, address=f"{server}/{port.address}/{base}")
+                reader.pull(moved, cache, copies_of(pairs), timeout_s=20)
+                assert all(cache.block(dst) == arena.block(src) for src, dst in pairs)
 
 
 def test_a_read_that_does_not_return(tmp_path: Path, reader: MooncakeTransport) -> None:
