@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Placement, Role
 from baton.core.errors import BatonError, Code, Stage, error_from_code
+from baton.core.slo import NO_TARGETS, Slo
 
 CallId = int
 SessionId = int
@@ -103,6 +104,16 @@ class MemberGone:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """A holder of KV blocks that has the first ``num_tokens`` tokens of a prompt."""
+
+    holder: str
+    """Instance (``tier`` device) or pool node."""
+    tier: str
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PlaceQuery:
     """One submission that needs a pair of instances."""
 
@@ -118,6 +129,17 @@ class PlaceQuery:
     exclude: tuple[str, ...] = ()
     choice: int = 0
     parent_request_id: str = ""
+    service_class: str = ""
+    slo: Slo = NO_TARGETS
+    deadline_s: float | None = None
+    """Offline work: time left to finish it; ``None``: none given."""
+    tenant: str = ""
+    waited_s: float = 0.0
+    """Since the request arrived at its gateway: what of ``slo.ttft_s`` is gone already."""
+    prefix: tuple[PrefixMatch, ...] = ()
+    """Who has how much of the prompt's beginning, as the index says."""
+    bind_to: str | None = None
+    """Prefill is done, or about to be, on this instance (id): only the decode side is asked for."""
 
     @property
     def num_total_tokens(self) -> int:

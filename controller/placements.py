@@ -145,8 +145,12 @@ class PlacementDesk:
             return Failure(Code.CONTEXT_LENGTH_EXCEEDED, choice.reason, Stage.PLACEMENT)
         self._num_decisions += 1
         prefill, decode = self._target(choice.prefill), self._target(choice.decode)
-        fallback = tuple(self._target(row) for row in choice.fallback or ())
-        placement = Placement(query.request_id, query.attempt, prefill, decode, *fallback)
+        placement = Placement(query.request_id, query.attempt, prefill, decode)
+        if choice.fallback is not None:
+            first, second = map(self._target, choice.fallback)
+            placement = dataclasses.replace(
+                placement, fallback_prefill=first, fallback_decode=second
+            )
         # A new attempt means that the older one is over; the same one asked again is moved.
         self._state.forget_open(query.request_id)
         tokens = query.num_prompt_tokens

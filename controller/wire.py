@@ -15,6 +15,7 @@ from protos.convert import (
     instance_from_record,
     instance_to_record,
     load_from_report,
+    slo_from_record,
     target_to_record,
 )
 
@@ -80,6 +81,12 @@ def place_requests(call_id: int, batch: controller_pb2.PlaceBatch) -> events.Pla
             exclude=tuple(request.exclude),
             choice=request.choice,
             parent_request_id=request.parent_request_id,
+            service_class=request.service_class,
+            slo=slo_from_record(request),
+            deadline_s=request.deadline_s if request.HasField("deadline_s") else None,
+            tenant=request.tenant,
+            waited_s=request.waited_s,
+            bind_to=request.bind_to if request.HasField("bind_to") else None,
         )
         for request in batch.requests
     )
@@ -96,6 +103,7 @@ def place_reply(
         return reply
     reply.prefill.CopyFrom(target_to_record(result.prefill))
     reply.decode.CopyFrom(target_to_record(result.decode))
+    reply.tentative = result.tentative
     if result.fallback_prefill is not None and result.fallback_decode is not None:
         reply.fallback_prefill.CopyFrom(target_to_record(result.fallback_prefill))
         reply.fallback_decode.CopyFrom(target_to_record(result.fallback_decode))

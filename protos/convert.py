@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from baton.core.cluster import InstanceInfo, InstanceLoad, Role, Target
+from baton.core.cluster import InstanceInfo, InstanceLoad, Role, StepSample, Target
+from baton.core.cost_model import StepShape
 from baton.core.errors import BatonError, error_from_code
 from baton.core.request import (
     FinishReason,
@@ -13,6 +14,7 @@ from baton.core.request import (
     TokenLogprobs,
     TokenOutput,
 )
+from baton.core.slo import Slo
 from protos.baton.internal.v1 import controller_pb2, instance_pb2
 from protos.baton.v1 import cluster_pb2
 
@@ -70,6 +72,10 @@ def submission_to_record(submission: Submission) -> instance_pb2.SubmissionRecor
         adapter=submission.adapter,
         gateway_id=submission.gateway_id,
         protocol_version=submission.protocol_version,
+        service_class=submission.service_class,
+        ttft_s=submission.slo.ttft_s,
+        tpot_s=submission.slo.tpot_s,
+        rise_after_s=submission.rise_after_s,
     )
 
 
@@ -88,6 +94,9 @@ def submission_from_record(record: instance_pb2.SubmissionRecord) -> Submission:
         adapter=record.adapter,
         gateway_id=record.gateway_id,
         protocol_version=record.protocol_version,
+        service_class=record.service_class,
+        slo=slo_from_record(record),
+        rise_after_s=record.rise_after_s if record.HasField("rise_after_s") else None,
     )
 
 
@@ -211,6 +220,21 @@ def load_to_report(load: InstanceLoad) -> controller_pb2.LoadReport:
         num_finished=load.num_finished,
         num_preemptions=load.num_preemptions,
         rss_bytes=load.rss_bytes,
+        num_decoding=load.num_decoding,
+        num_context_tokens=load.num_context_tokens,
+        num_offline_waiting_tokens=load.num_offline_waiting_tokens,
+        num_offline_decoding=load.num_offline_decoding,
+        num_offline_context_tokens=load.num_offline_context_tokens,
+        samples=[
+            controller_pb2.StepSample(
+                num_prefill_tokens=sample.shape.num_prefill_tokens,
+                prefill_context=sample.shape.prefill_context,
+                num_decodes=sample.shape.num_decodes,
+                decode_context=sample.shape.decode_context,
+                seconds=sample.seconds,
+            )
+            for sample in load.samples
+        ],
     )
 
 
@@ -229,6 +253,33 @@ def load_from_report(report: controller_pb2.LoadReport) -> InstanceLoad:
         num_finished=report.num_finished,
         num_preemptions=report.num_preemptions,
         rss_bytes=report.rss_bytes,
+        num_decoding=report.num_decoding,
+        num_context_tokens=report.num_context_tokens,
+        num_offline_waiting_tokens=report.num_offline_waiting_tokens,
+        num_offline_decoding=report.num_offline_decoding,
+        num_offline_context_tokens=report.num_offline_context_tokens,
+        samples=tuple(
+            StepSample(
+                StepShape(
+                    sample.num_prefill_tokens,
+                    sample.prefill_context,
+                    sample.num_decodes,
+                    sample.decode_context,
+                ),
+                sample.seconds,
+            )
+            for sample in report.samples
+        ),
+    )
+
+
+def slo_from_record(
+    record: instance_pb2.SubmissionRecord | controller_pb2.PlaceRequest,
+) -> Slo:
+    """Targets of a message that may carry them."""
+    return Slo(
+        record.ttft_s if record.HasField("ttft_s") else None,
+        record.tpot_s if record.HasField("tpot_s") else None,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from baton.core.cost_model import StepShape
+
 
 class Role(enum.StrEnum):
     """Which parts of requests an instance takes on. Phases are of work; roles of instances."""
@@ -49,6 +51,14 @@ class InstanceInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class StepSample:
+    """A step that an instance measured."""
+
+    shape: StepShape
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class InstanceLoad:
     """A snapshot that an instance reports; counts of sequences, tokens and blocks."""
 
@@ -65,6 +75,16 @@ class InstanceLoad:
     num_finished: int = 0
     num_preemptions: int = 0
     rss_bytes: int = 0
+    num_decoding: int = 0
+    """Running sequences that get one token a step."""
+    num_context_tokens: int = 0
+    """Tokens in the cache of those."""
+    num_offline_waiting_tokens: int = 0
+    """Of ``num_waiting_tokens``, those of offline work, which yields."""
+    num_offline_decoding: int = 0
+    num_offline_context_tokens: int = 0
+    samples: tuple[StepSample, ...] = ()
+    """A few of the steps since the last report, for the predictors."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,6 +106,8 @@ class Placement:
     decode: Target
     fallback_prefill: Target | None = None
     fallback_decode: Target | None = None
+    tentative: bool = False
+    """The decode side is a guess: it is bound (asked for again) when prefill has made token 0."""
 
     @property
     def disaggregated(self) -> bool:

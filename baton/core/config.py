@@ -11,6 +11,8 @@ import math
 import re
 from typing import Literal
 
+from baton.core.policy_config import RolesConfig, ServiceConfig
+
 Dtype = Literal["float32", "bfloat16"]
 TransportName = Literal["auto", "shm", "tcp", "collective", "mooncake"]
 DeviceName = Literal["cpu", "cuda"]
@@ -214,6 +216,12 @@ class ControllerConfig:
     max_queued_placements: int = 4096
     trace_capacity: int = 10000
     """How many finished requests ``baton explain`` remembers."""
+    policy: str = "slo"
+    """How requests are placed: slo, least-loaded, round-robin, prefix-affinity, colocated, or
+    package.module:Class of your own."""
+    profile: str | None = None
+    """A file of ``baton profile``: what predictions start from, until steps have been measured."""
+    roles: RolesConfig = dataclasses.field(default_factory=RolesConfig)
 
     def __post_init__(self) -> None:
         _positive(self, "heartbeat_s", "dead_after_s", "queue_timeout_s")
@@ -271,6 +279,7 @@ class ServeConfig:
     handoff: HandoffConfig = dataclasses.field(default_factory=HandoffConfig)
     pool: PoolConfig = dataclasses.field(default_factory=PoolConfig)
     controller: ControllerConfig = dataclasses.field(default_factory=ControllerConfig)
+    service: ServiceConfig = dataclasses.field(default_factory=ServiceConfig)
     gateway: GatewayConfig = dataclasses.field(default_factory=GatewayConfig)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from baton.core.slo import NO_TARGETS, Slo
+
 PROTOCOL_VERSION = 1
 MAX_LOGPROBS = 20
 
@@ -115,6 +117,11 @@ class Submission:
     adapter: str = ""
     gateway_id: str = ""
     """Whose token stream carries the outputs."""
+    service_class: str = ""
+    slo: Slo = NO_TARGETS
+    rise_after_s: float | None = None
+    """Offline work (priority below 0) ranks as if it had priority 0 so long after its arrival here:
+    in time for its deadline. ``None``: never."""
     protocol_version: int = PROTOCOL_VERSION
 
     def __post_init__(self) -> None:

@@ -14,6 +14,30 @@ class Slo:
     tpot_s: float | None = None
 
 
+NO_TARGETS = Slo()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServiceLevel:
+    """What one request is promised: its class's values, as far as it did not ask for others.
+
+    Carried with the request to every queue.
+    """
+
+    service_class: str = ""
+    """Name of the class; empty where the cluster has none."""
+    slo: Slo = NO_TARGETS
+    priority: int = 0
+    """Higher goes first. Below 0: offline work, which yields to all others at once."""
+    deadline_s: float | None = None
+    """Offline work: to be finished so long after it arrived; ``None``: whenever there is room."""
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether it fills the room that others leave."""
+        return self.priority < 0
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Timing:
     """When one request arrived, got its first and its last token (same clock, seconds)."""

@@ -153,6 +153,12 @@ class LoadReport(_message.Message):
     NUM_FINISHED_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     RSS_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_DECODING_FIELD_NUMBER: _builtins.int
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_OFFLINE_WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_OFFLINE_DECODING_FIELD_NUMBER: _builtins.int
+    NUM_OFFLINE_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     num_waiting: _builtins.int
     num_running: _builtins.int
     num_pending_kv: _builtins.int
@@ -165,6 +171,13 @@ class LoadReport(_message.Message):
     num_finished: _builtins.int
     num_preemptions: _builtins.int
     rss_bytes: _builtins.int
+    num_decoding: _builtins.int
+    num_context_tokens: _builtins.int
+    num_offline_waiting_tokens: _builtins.int
+    num_offline_decoding: _builtins.int
+    num_offline_context_tokens: _builtins.int
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSample]: ...
     def __init__(
         self,
         *,
@@ -180,14 +193,53 @@ class LoadReport(_message.Message):
         num_finished: _builtins.int = ...,
         num_preemptions: _builtins.int = ...,
         rss_bytes: _builtins.int = ...,
+        num_decoding: _builtins.int = ...,
+        num_context_tokens: _builtins.int = ...,
+        num_offline_waiting_tokens: _builtins.int = ...,
+        num_offline_decoding: _builtins.int = ...,
+        num_offline_context_tokens: _builtins.int = ...,
+        samples: _abc.Iterable[Global___StepSample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_blocks", b"num_cached_blocks", "num_finished", b"num_finished", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_leases", b"num_leases", "num_pending_kv", b"num_pending_kv", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "rss_bytes", b"rss_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_blocks", b"num_cached_blocks", "num_context_tokens", b"num_context_tokens", "num_decoding", b"num_decoding", "num_finished", b"num_finished", "num_free_blocks", b"num_free_blocks", "num_held", b"num_held", "num_leases", b"num_leases", "num_offline_context_tokens", b"num_offline_context_tokens", "num_offline_decoding", b"num_offline_decoding", "num_offline_waiting_tokens", b"num_offline_waiting_tokens", "num_pending_kv", b"num_pending_kv", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens", "rss_bytes", b"rss_bytes", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class StepSample(_message.Message):
+    """A step that the instance measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_CONTEXT_FIELD_NUMBER: _builtins.int
+    NUM_DECODES_FIELD_NUMBER: _builtins.int
+    DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    num_prefill_tokens: _builtins.int
+    prefill_context: _builtins.int
+    num_decodes: _builtins.int
+    decode_context: _builtins.int
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        num_prefill_tokens: _builtins.int = ...,
+        prefill_context: _builtins.int = ...,
+        num_decodes: _builtins.int = ...,
+        decode_context: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "num_decodes", b"num_decodes", "num_prefill_tokens", b"num_prefill_tokens", "prefill_context", b"prefill_context", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepSample: _TypeAlias = StepSample  # noqa: Y015
 
 @_typing.final
 class InstanceHeartbeat(_message.Message):
@@ -418,6 +470,14 @@ class PlaceRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     PARENT_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    BLOCK_KEYS_FIELD_NUMBER: _builtins.int
+    BIND_TO_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     num_prompt_tokens: _builtins.int
@@ -431,9 +491,23 @@ class PlaceRequest(_message.Message):
     choice: _builtins.int
     parent_request_id: _builtins.str
     """what the client calls it"""
+    service_class: _builtins.str
+    ttft_s: _builtins.float
+    tpot_s: _builtins.float
+    deadline_s: _builtins.float
+    """offline work: time left to finish it"""
+    tenant: _builtins.str
+    waited_s: _builtins.float
+    """since the request arrived at the gateway"""
+    bind_to: _builtins.str
+    """Prefill is done on this instance: only the decode side is asked for."""
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """instance ids that failed this request"""
+
+    @_builtins.property
+    def block_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of the prompt's full blocks, for prefix-aware placement"""
 
     def __init__(
         self,
@@ -448,14 +522,39 @@ class PlaceRequest(_message.Message):
         model: _builtins.str = ...,
         choice: _builtins.int = ...,
         parent_request_id: _builtins.str = ...,
+        service_class: _builtins.str = ...,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float | None = ...,
+        deadline_s: _builtins.float | None = ...,
+        tenant: _builtins.str = ...,
+        waited_s: _builtins.float = ...,
+        block_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        bind_to: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "budget_s", b"budget_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bind_to", b"_bind_to", "_budget_s", b"_budget_s", "_deadline_s", b"_deadline_s", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "bind_to", b"bind_to", "budget_s", b"budget_s", "deadline_s", b"deadline_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "attempt", b"attempt", "budget_s", b"budget_s", "choice", b"choice", "exclude", b"exclude", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "parent_request_id", b"parent_request_id", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bind_to", b"_bind_to", "_budget_s", b"_budget_s", "_deadline_s", b"_deadline_s", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "attempt", b"attempt", "bind_to", b"bind_to", "block_keys", b"block_keys", "budget_s", b"budget_s", "choice", b"choice", "deadline_s", b"deadline_s", "exclude", b"exclude", "max_new_tokens", b"max_new_tokens", "model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "parent_request_id", b"parent_request_id", "priority", b"priority", "request_id", b"request_id", "service_class", b"service_class", "tenant", b"tenant", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bind_to: _TypeAlias = _typing.Literal["bind_to"]  # noqa: Y015
+    _WhichOneofArgType__bind_to: _TypeAlias = _typing.Literal["_bind_to", b"_bind_to"]  # noqa: Y015
     _WhichOneofReturnType__budget_s: _TypeAlias = _typing.Literal["budget_s"]  # noqa: Y015
     _WhichOneofArgType__budget_s: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s"]  # noqa: Y015
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bind_to) -> _WhichOneofReturnType__bind_to | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_s) -> _WhichOneofReturnType__budget_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
 
 Global___PlaceRequest: _TypeAlias = PlaceRequest  # noqa: Y015
 
@@ -518,8 +617,11 @@ class PlaceReply(_message.Message):
     FALLBACK_PREFILL_FIELD_NUMBER: _builtins.int
     FALLBACK_DECODE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    TENTATIVE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
+    tentative: _builtins.bool
+    """the decode side is to be asked for again, with bind_to, after token 0"""
     @_builtins.property
     def prefill(self) -> Global___TargetRecord: ...
     @_builtins.property
@@ -540,10 +642,11 @@ class PlaceReply(_message.Message):
         fallback_prefill: Global___TargetRecord | None = ...,
         fallback_decode: Global___TargetRecord | None = ...,
         error: _cluster_pb2.ErrorInfo | None = ...,
+        tentative: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "error", b"error", "fallback_decode", b"fallback_decode", "fallback_prefill", b"fallback_prefill", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode", b"decode", "error", b"error", "fallback_decode", b"fallback_decode", "fallback_prefill", b"fallback_prefill", "prefill", b"prefill", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decode", b"decode", "error", b"error", "fallback_decode", b"fallback_decode", "fallback_prefill", b"fallback_prefill", "prefill", b"prefill", "request_id", b"request_id", "tentative", b"tentative"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -603,6 +706,8 @@ class Outcome(_message.Message):
     TPOT_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     CACHED_BY_TIER_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    MET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """what the client calls it"""
     outcome: _builtins.str
@@ -612,6 +717,9 @@ class Outcome(_message.Message):
     cached_tokens: _builtins.int
     ttft_s: _builtins.float
     tpot_s: _builtins.float
+    service_class: _builtins.str
+    met: _builtins.bool
+    """finished, and within every target"""
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptOutcome]: ...
     @_builtins.property
@@ -629,10 +737,12 @@ class Outcome(_message.Message):
         tpot_s: _builtins.float = ...,
         attempts: _abc.Iterable[Global___AttemptOutcome] | None = ...,
         cached_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        service_class: _builtins.str = ...,
+        met: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "error", b"error", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "error", b"error", "met", b"met", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "service_class", b"service_class", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -102,6 +102,10 @@ class SubmissionRecord(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    RISE_AFTER_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     choice: _builtins.int
@@ -111,6 +115,10 @@ class SubmissionRecord(_message.Message):
     adapter: _builtins.str
     gateway_id: _builtins.str
     protocol_version: _builtins.int
+    service_class: _builtins.str
+    ttft_s: _builtins.float
+    tpot_s: _builtins.float
+    rise_after_s: _builtins.float
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -132,14 +140,31 @@ class SubmissionRecord(_message.Message):
         adapter: _builtins.str = ...,
         gateway_id: _builtins.str = ...,
         protocol_version: _builtins.int = ...,
+        service_class: _builtins.str = ...,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float | None = ...,
+        rise_after_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "budget_s", b"budget_s", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "_rise_after_s", b"_rise_after_s", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "budget_s", b"budget_s", "rise_after_s", b"rise_after_s", "sampling", b"sampling", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "adapter", b"adapter", "attempt", b"attempt", "budget_s", b"budget_s", "choice", b"choice", "gateway_id", b"gateway_id", "output_ids", b"output_ids", "priority", b"priority", "prompt_ids", b"prompt_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s", "_rise_after_s", b"_rise_after_s", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "adapter", b"adapter", "attempt", b"attempt", "budget_s", b"budget_s", "choice", b"choice", "gateway_id", b"gateway_id", "output_ids", b"output_ids", "priority", b"priority", "prompt_ids", b"prompt_ids", "protocol_version", b"protocol_version", "request_id", b"request_id", "rise_after_s", b"rise_after_s", "sampling", b"sampling", "service_class", b"service_class", "tenant", b"tenant", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_s: _TypeAlias = _typing.Literal["budget_s"]  # noqa: Y015
     _WhichOneofArgType__budget_s: _TypeAlias = _typing.Literal["_budget_s", b"_budget_s"]  # noqa: Y015
+    _WhichOneofReturnType__rise_after_s: _TypeAlias = _typing.Literal["rise_after_s"]  # noqa: Y015
+    _WhichOneofArgType__rise_after_s: _TypeAlias = _typing.Literal["_rise_after_s", b"_rise_after_s"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_s) -> _WhichOneofReturnType__budget_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rise_after_s) -> _WhichOneofReturnType__rise_after_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
 
 Global___SubmissionRecord: _TypeAlias = SubmissionRecord  # noqa: Y015
 

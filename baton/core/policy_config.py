@@ -1,0 +1,85 @@
+"""Settings of service levels, placement and roles; part of ``ServeConfig``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+RoleMode = Literal["auto", "advise", "off"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServiceClassConfig:
+    """What requests of one class are promised."""
+
+    ttft_s: float | None = None
+    """Time to first token; none by default."""
+    tpot_s: float | None = None
+    """Time per output token after the first; none by default."""
+    priority: int = 0
+    """Higher goes first. Below 0: offline work, which yields to all others at once."""
+    deadline_s: float | None = None
+    """Offline work is to be finished so long after it arrived."""
+    min_ttft_s: float | None = None
+    """The smallest target that a request may ask for itself; default: the class's own."""
+    min_tpot_s: float | None = None
+    max_priority: int | None = None
+    """The highest priority that a request may ask for itself; default: the class's own, or any
+    where no class is configured."""
+    weight: float = 1.0
+    """Share of a tenant of this class when tenants compete in the queue."""
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s", "deadline_s", "min_ttft_s", "min_tpot_s", "weight"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """Classes of service, and who gets which."""
+
+    classes: dict[str, ServiceClassConfig] = dataclasses.field(default_factory=dict)
+    default: str | None = None
+    """The class of requests that name none; none by default: no targets."""
+    api_keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    """API key to class. A request that names a class itself wins. Not authentication."""
+
+    def __post_init__(self) -> None:
+        named = {"default": self.default, **{f"api_keys.{k}": v for k, v in self.api_keys.items()}}
+        for name, value in named.items():
+            if value is not None and value not in self.classes:
+                known = ", ".join(sorted(self.classes)) or "none"
+                raise ValueError(f"{name} is {value!r}, which is no class; there are: {known}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RolesConfig:
+    """When the cluster switches roles by itself."""
+
+    mode: RoleMode = "auto"
+    """``auto`` switches, ``advise`` only says what it would do (log and metrics), ``off``."""
+    interval_s: float = 1.0
+    """How often the planner looks, while requests are open."""
+    cooldown_s: float = 10.0
+    """Between two switches in a flip group, unless targets are being missed by far."""
+    min_prefill: int = 1
+    """Instances that always take prefill, in each flip group."""
+    min_decode: int = 1
+    """Instances that always take decode, in each flip group."""
+    allow_mixed: bool = True
+    """Whether an instance may be made mixed."""
+    gain: float = 0.05
+    """A switch must promise at least so much more attainment, so that noise moves nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval_s", "cooldown_s"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("min_prefill", "min_decode"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.gain < 1:
+            raise ValueError(f"gain must be from 0 to below 1, got {self.gain}")
