@@ -14,10 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Role
+from baton.core.cost_model import CostModel
 from kvpool.layout import canonical_text
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+TIERS = ("host", "disk", "remote")
+"""Of the pool, fastest first: the rows of the ``tier_`` columns."""
 
 _MIN_ROWS = 8
 
@@ -49,13 +54,41 @@ class PlacementView:
     open_prefill: Ints
     open_decode: Ints
     """Placements whose end no gateway has reported."""
+    open_context: Ints
+    """Tokens of the sequences in ``open_decode``: prompts, and half of what may come."""
+    node: Ints
+    """Equal numbers: one machine, one host tier."""
+    has_costs: Bools
+    """Whether the predictions below mean anything."""
+    prefill_free_at_s: Floats
+    """When the prompts that wait there are computed, predicted (the controller's clock)."""
+    prefill_overhead_s: Floats
+    prefill_item_s: Floats
+    prefill_context_s: Floats
+    decode_overhead_s: Floats
+    decode_item_s: Floats
+    decode_context_s: Floats
+    handoff_latency_s: Floats
+    handoff_token_s: Floats
+    tier_latency_s: Floats
+    """Shape [tiers, rows]; as ``TIERS``."""
+    tier_token_s: Floats
     row_of: Mapping[str, int]
     """Live rows by instance id."""
     names: Mapping[int, str]
     """Instance ids by row."""
+    node_of: Mapping[str, int]
+    """Machines by the id of their pool node."""
+
+    @property
+    def one_group(self) -> bool:
+        """Whether all live instances can exchange blocks."""
+        groups = self.group[self.live]
+        return not len(groups) or bool(groups.min() == groups.max())
 
 
-_BOOL_COLUMNS = ("live", "placeable", "takes_prefill", "takes_decode")
+_BOOL_COLUMNS = ("live", "placeable", "takes_prefill", "takes_decode", "has_costs")
+_MAPS = ("row_of", "names", "node_of")
 
 
 class Columns:
@@ -65,6 +98,8 @@ class Columns:
         self._groups: dict[tuple[str, str], int] = {}
         self._row_of: dict[str, int] = {}
         self._names: dict[int, str] = {}
+        self._nodes: dict[str, int] = {}
+        self._node_of: dict[str, int] = {}
         self._data: dict[str, npt.NDArray[np.generic]] = {}
         self._grow(_MIN_ROWS)
 
@@ -82,7 +117,7 @@ class Columns:
             free = np.flatnonzero(~self._bools("live"))
         row = int(free[0])
         for name, column in self._data.items():
-            column[row] = name == "live"
+            column[..., row] = name == "live"
         self._row_of[info.instance_id] = row
         self._names[row] = info.instance_id
         self.set_info(row, info)
@@ -92,7 +127,7 @@ class Columns:
         """Free a row, and all that was counted on it."""
         del self._row_of[self._names.pop(row)]
         for column in self._data.values():
-            column[row] = 0
+            column[..., row] = 0
 
     def set_info(self, row: int, info: InstanceInfo) -> None:
         """Take over what an instance says it is."""
@@ -103,6 +138,7 @@ class Columns:
         ints("max_num_seqs")[row] = max(1, info.max_num_seqs)
         ints("max_num_batched_tokens")[row] = max(1, info.max_num_batched_tokens)
         ints("num_blocks")[row] = max(1, info.num_blocks)
+        ints("node")[row] = self._nodes.setdefault(info.node_id, len(self._nodes))
         self.set_role(row, info.role)
 
     def set_role(self, row: int, role: Role) -> None:
@@ -121,13 +157,65 @@ class Columns:
         ints("num_waiting_tokens")[row] = load.num_waiting_tokens
         ints("num_sequences")[row] = load.num_waiting + load.num_running + load.num_pending_kv
 
-    def count(self, row: int, *, prefill: int = 0, decode: int = 0, tokens: int = 0) -> None:
+    def set_costs(self, row: int, costs: CostModel) -> None:
+        """Take over what is predicted of an instance."""
+        values = {
+            "prefill_overhead_s": costs.prefill.overhead_s,
+            "prefill_item_s": costs.prefill.item_s,
+            "prefill_context_s": costs.prefill.context_s,
+            "decode_overhead_s": costs.decode.overhead_s,
+            "decode_item_s": costs.decode.item_s,
+            "decode_context_s": costs.decode.context_s,
+            "handoff_latency_s": costs.handoff.latency_s,
+            "handoff_token_s": costs.kv_bytes_per_token / costs.handoff.bytes_per_s,
+        }
+        for name, value in values.items():
+            self._floats(name)[row] = value
+        for index, tier in enumerate(TIERS):
+            link = costs.tiers.get(tier, costs.handoff)
+            self._floats("tier_latency_s")[index, row] = link.latency_s
+            self._floats("tier_token_s")[index, row] = costs.kv_bytes_per_token / link.bytes_per_s
+        self._bools("has_costs")[row] = True
+
+    def set_pool_nodes(self, nodes: Mapping[str, str]) -> None:
+        """Pool nodes that are here, by id: the machine of each."""
+        self._node_of.clear()
+        for member_id, node_id in nodes.items():
+            self._node_of[member_id] = self._nodes.setdefault(node_id, len(self._nodes))
+
+    def extend_prefill(self, row: int, now: float, seconds: float) -> None:
+        """Work was placed: the row is free so much later."""
+        free_at = self._floats("prefill_free_at_s")
+        free_at[row] = max(float(free_at[row]), now) + seconds
+
+    def correct_prefill(self, row: int, load: InstanceLoad, fresh_s: float, now: float) -> None:
+        """Bring the prediction in line with a report; ``fresh_s`` it cannot have counted yet.
+
+        A report does not count what a step under way computes, so it is only a lower bound, and
+        one full step above it the upper one.
+        """
+        view = self._view
+        if not view.has_costs[row]:
+            return
+        num_tokens = load.num_waiting_tokens - load.num_offline_waiting_tokens
+        step_tokens = int(view.max_num_batched_tokens[row])
+        overhead_s = float(view.prefill_overhead_s[row])
+        item_s = float(view.prefill_item_s[row])
+        lowest = now + fresh_s + num_tokens * (item_s + overhead_s / step_tokens)
+        highest = lowest + overhead_s + step_tokens * item_s
+        free_at = self._floats("prefill_free_at_s")
+        free_at[row] = min(max(float(free_at[row]), lowest), highest)
+
+    def count(
+        self, row: int, *, prefill: int = 0, decode: int = 0, tokens: int = 0, context: int = 0
+    ) -> None:
         """Add to (or take from) the in-flight corrections."""
         ints = self._ints
         for name, delta in (
             ("open_prefill", prefill),
             ("open_decode", decode),
             ("fresh_tokens", tokens),
+            ("open_context", context),
         ):
             if delta:
                 ints(name)[row] += delta
@@ -139,18 +227,25 @@ class Columns:
     def _ints(self, name: str) -> Ints:
         return cast(Ints, self._data[name])
 
+    def _floats(self, name: str) -> Floats:
+        return cast(Floats, self._data[name])
+
     def _grow(self, num_rows: int) -> None:
         for field in dataclasses.fields(PlacementView):
-            if field.name in ("row_of", "names"):
+            if field.name in _MAPS:
                 continue
-            dtype = np.bool_ if field.name in _BOOL_COLUMNS else np.int64
-            column: npt.NDArray[np.generic] = np.zeros(num_rows, dtype=dtype)
+            dtype: type[np.generic] = np.bool_ if field.name in _BOOL_COLUMNS else np.int64
+            if field.name.endswith("_s"):
+                dtype = np.float64
+            shape = (len(TIERS), num_rows) if field.name.startswith("tier_") else (num_rows,)
+            column: npt.NDArray[np.generic] = np.zeros(shape, dtype=dtype)
             old = self._data.get(field.name)
             if old is not None:
-                column[: len(old)] = old
+                column[..., : old.shape[-1]] = old
             self._data[field.name] = column
         windows: dict[str, npt.NDArray[np.generic]] = {}
         for name, column in self._data.items():
             windows[name] = column.view()
             windows[name].flags.writeable = False
-        self._view = PlacementView(**windows, row_of=self._row_of, names=self._names)  # type: ignore[arg-type]
+        maps = {"row_of": self._row_of, "names": self._names, "node_of": self._node_of}
+        self._view = PlacementView(**windows, **maps)  # type: ignore[arg-type]

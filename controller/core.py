@@ -12,12 +12,15 @@ from collections.abc import Mapping
 
 from baton.core.cluster import InstanceInfo, Role
 from baton.core.config import ControllerConfig
+from baton.core.cost_model import CostModel
 from baton.core.errors import Code
 from controller import events
 from controller.drains import DRAIN_KEY_PREFIX, DrainDesk
 from controller.events import Command, Event, Failure
 from controller.membership import InstanceEvent, InstanceState
 from controller.placements import PlacementDesk
+from controller.policies import make_policy
+from controller.policies.base import PlacementPolicy
 from controller.roles import ROLE_KEY_PREFIX, RoleDesk
 from controller.state import ClusterState, InstanceRecord, epoch_of
 from controller.traces import RequestTrace, TraceBook
@@ -33,13 +36,24 @@ class ControllerCore:
     """See the module docstring. ``stored`` is what the metadata store holds at the start."""
 
     def __init__(
-        self, config: ControllerConfig, *, epoch: int, stored: Mapping[str, str] | None = None
+        self,
+        config: ControllerConfig,
+        *,
+        epoch: int,
+        stored: Mapping[str, str] | None = None,
+        policy: PlacementPolicy | None = None,
+        costs: CostModel | None = None,
     ) -> None:
+        """``policy``: instead of the one that ``config`` names. ``costs``: what predictions start
+        from, of every instance."""
+        self._costs = costs
         self._config = config
         roles, drained = _from_store(stored or {})
         self.state = ClusterState(epoch, roles, drained)
         self.traces = TraceBook(config.trace_capacity)
-        self.placements = PlacementDesk(self.state, config, self.traces)
+        self.placements = PlacementDesk(
+            self.state, config, self.traces, policy or make_policy(config.policy)
+        )
         self._roles = RoleDesk(self.state)
         self._drains = DrainDesk(self.state)
         self._fenced: dict[str, int] = {}
@@ -82,7 +96,7 @@ class ControllerCore:
                 case "instance", str():
                     self._instance_due(self.state.instances[key], stalled, now)
                 case "queue", int():
-                    self.placements.expire(key)
+                    self.placements.expire(key, now)
                 case "role", str():
                     # An instance that died a moment ago took its switch along.
                     if (record := self.state.instances.get(key)) and record.switch:
@@ -149,6 +163,8 @@ class ControllerCore:
         record.info = _with(info, record.info.incarnation, role)
         assert record.row is not None
         state.columns.set_info(record.row, record.info)
+        if self._costs is not None:
+            state.columns.set_costs(record.row, self._costs)
         record.role_unsure = False
         state.changed = True
         state.deadlines.set(("instance", info.instance_id), now + self._config.dead_after_s)

@@ -13,8 +13,9 @@ import dataclasses
 from baton.core.cluster import Placement, Target
 from baton.core.config import ControllerConfig
 from baton.core.errors import Code, Stage
-from controller import policy
+from controller.columns import PlacementView
 from controller.events import CallId, Failure, Placed, PlaceQuery, PlaceRequests
+from controller.policies.base import Choice, NoChoice, PlacementPolicy, choose
 from controller.state import ClusterState, OpenPlacement
 from controller.traces import TraceBook
 
@@ -49,7 +50,14 @@ class _Queued:
 class PlacementDesk:
     """Owns the queue; counts and traces what it places."""
 
-    def __init__(self, state: ClusterState, config: ControllerConfig, traces: TraceBook) -> None:
+    def __init__(
+        self,
+        state: ClusterState,
+        config: ControllerConfig,
+        traces: TraceBook,
+        policy: PlacementPolicy,
+    ) -> None:
+        self._policy = policy
         self._state = state
         self._config = config
         self._traces = traces
@@ -72,7 +80,7 @@ class PlacementDesk:
             query = event.queries[index]
             problem = _problem(query)
             result = problem or self._decide(query, batch.gateway_id, now)
-            if isinstance(result, policy.NoChoice):
+            if isinstance(result, NoChoice):
                 self._enqueue(query, batch, index, result, now)
             else:
                 batch.decide(index, result)
@@ -83,7 +91,7 @@ class PlacementDesk:
         touched: dict[CallId, _Batch] = {}
         for entry in list(self._queue):
             result = self._decide(entry.query, entry.batch.gateway_id, now)
-            if isinstance(result, policy.NoChoice):
+            if isinstance(result, NoChoice):
                 continue
             self._dequeue(entry)
             entry.batch.decide(entry.index, result)
@@ -91,12 +99,12 @@ class PlacementDesk:
         for batch in touched.values():
             self._answer(batch)
 
-    def expire(self, number: int) -> None:
+    def expire(self, number: int, now: float) -> None:
         """An entry waited as long as it may."""
         entry = self._by_number[number]
         self._dequeue(entry)
-        why = policy.choose(entry.query, self._state.columns.view, self._num_decisions)
-        reason = why.reason if isinstance(why, policy.NoChoice) else "it waited too long"
+        why = self._choose(entry.query, self._state.columns.view, now)
+        reason = why.reason if isinstance(why, NoChoice) else "it waited too long"
         entry.batch.decide(entry.index, self._refuse(entry.query, reason))
         self._answer(entry.batch)
 
@@ -135,35 +143,50 @@ class PlacementDesk:
 
     def _decide(
         self, query: PlaceQuery, gateway_id: str, now: float
-    ) -> Placement | Failure | policy.NoChoice:
-        view = self._state.columns.view
-        choice = policy.choose(query, view, self._num_decisions)
-        if isinstance(choice, policy.NoChoice):
+    ) -> Placement | Failure | NoChoice:
+        choice = self._choose(query, self._state.columns.view, now)
+        if isinstance(choice, NoChoice):
             if not choice.hopeless:
                 return choice
             self._traces.placed(query, None, choice.reason, 0)
             return Failure(Code.CONTEXT_LENGTH_EXCEEDED, choice.reason, Stage.PLACEMENT)
         self._num_decisions += 1
         prefill, decode = self._target(choice.prefill), self._target(choice.decode)
-        placement = Placement(query.request_id, query.attempt, prefill, decode)
+        placement = Placement(
+            query.request_id, query.attempt, prefill, decode, tentative=choice.tentative
+        )
         if choice.fallback is not None:
             first, second = map(self._target, choice.fallback)
             placement = dataclasses.replace(
                 placement, fallback_prefill=first, fallback_decode=second
             )
+        known = self._state.open.get(query.request_id)
+        if query.bind_to is not None and known is not None and known.attempt == query.attempt:
+            self._state.rebind(query.request_id, decode, now)
+            return placement
         # A new attempt means that the older one is over; the same one asked again is moved.
         self._state.forget_open(query.request_id)
-        tokens = query.num_prompt_tokens
-        open_ = OpenPlacement(gateway_id, query.attempt, prefill, decode, tokens)
+        open_ = OpenPlacement(
+            gateway_id,
+            query.attempt,
+            prefill,
+            decode,
+            query.num_prompt_tokens,
+            query.num_prompt_tokens + query.max_new_tokens // 2,
+            choice.prefill_s,
+        )
         self._state.count_open(query.request_id, open_, now)
         self._traces.placed(query, placement, choice.reason, choice.num_candidates)
         return placement
+
+    def _choose(self, query: PlaceQuery, view: PlacementView, now: float) -> Choice | NoChoice:
+        return choose(self._policy, query, view, now, self._num_decisions)
 
     def _target(self, row: int) -> Target:
         return self._state.instances[self._state.columns.view.names[row]].target
 
     def _enqueue(
-        self, query: PlaceQuery, batch: _Batch, index: int, why: policy.NoChoice, now: float
+        self, query: PlaceQuery, batch: _Batch, index: int, why: NoChoice, now: float
     ) -> None:
         limit_s = self._config.queue_timeout_s
         wait_s = limit_s if query.budget_s is None else min(query.budget_s, limit_s)

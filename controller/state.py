@@ -9,9 +9,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Role, Target
-from controller import policy
 from controller.columns import Columns
 from controller.deadlines import Deadlines
 from controller.events import (
@@ -24,6 +24,7 @@ from controller.events import (
     StoreEpoch,
 )
 from controller.membership import InstanceEvent, InstanceState, next_state
+from controller.policies.base import paths
 
 INCARNATIONS_PER_EPOCH = 2**20
 MAX_RECENTLY_DEAD = 32
@@ -53,6 +54,16 @@ class RoleSwitch:
     committing: bool = False
 
 
+class Fresh(NamedTuple):
+    """A placement of a moment ago."""
+
+    placed_at_s: float
+    num_tokens: int
+    """Of its prompt, where that is computed here."""
+    prefill_s: float
+    """Predicted for them."""
+
+
 @dataclasses.dataclass(slots=True)
 class InstanceRecord:
     """One incarnation of an instance."""
@@ -70,8 +81,8 @@ class InstanceRecord:
     role_unsure: bool = False
     """A switch ended while its session was gone: tell it its role when it is back."""
     switch: RoleSwitch | None = None
-    fresh: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
-    """By submission: (placed at, prompt tokens), where no heartbeat can have counted it yet."""
+    fresh: dict[str, Fresh] = dataclasses.field(default_factory=dict)
+    """By submission, oldest first: what no heartbeat can have counted yet."""
 
     @property
     def target(self) -> Target:
@@ -99,6 +110,10 @@ class OpenPlacement:
     prefill: Target
     decode: Target
     num_prompt_tokens: int
+    num_context_tokens: int = 0
+    """Prompt, and half of what may come: what a decode reads per step, on average."""
+    prefill_s: float = 0.0
+    """Predicted; 0 where nothing is."""
 
 
 class ClusterState:
@@ -193,7 +208,7 @@ class ClusterState:
 
     def paths(self) -> tuple[bool, bool, bool]:
         """Whether anything ready takes prefill, decode, and both in one compatible pair."""
-        return policy.paths(self.columns.view)
+        return paths(self.columns.view)
 
     @property
     def ready(self) -> bool:
@@ -219,11 +234,27 @@ class ClusterState:
         assert prefill.row is not None
         assert decode is not None
         assert decode.row is not None
-        prefill.fresh[key] = (now, tokens)
+        prefill.fresh[key] = Fresh(now, tokens, placement.prefill_s)
         self.columns.count(prefill.row, prefill=1, tokens=tokens)
+        self.columns.extend_prefill(prefill.row, now, placement.prefill_s)
         if decode is not prefill:
-            decode.fresh[key] = (now, 0)
-        self.columns.count(decode.row, decode=1)
+            decode.fresh[key] = Fresh(now, 0, 0.0)
+        self.columns.count(decode.row, decode=1, context=placement.num_context_tokens)
+
+    def rebind(self, key: str, decode: Target, now: float) -> None:
+        """An open placement's decode side is another one now, or the same for certain."""
+        placement = self.open[key]
+        for target, sign in ((placement.decode, -1), (decode, 1)):
+            record = self.by_incarnation(target.instance_id, target.incarnation)
+            if record is None or record.row is None:
+                continue
+            context = sign * placement.num_context_tokens
+            self.columns.count(record.row, decode=sign, context=context)
+            if sign < 0 and target != placement.prefill:
+                record.fresh.pop(key, None)
+            elif sign > 0 and target != placement.prefill:
+                record.fresh[key] = Fresh(now, 0, 0.0)
+        self.open[key] = dataclasses.replace(placement, decode=decode)
 
     def forget_open(self, key: str) -> None:
         """Stop counting a submission's placement. The dead have no counts to fix."""
@@ -234,14 +265,23 @@ class ClusterState:
             record = self.by_incarnation(target.instance_id, target.incarnation)
             if record is None or record.row is None:
                 continue
-            tokens = record.fresh.pop(key, (0.0, 0))[1]
-            self.columns.count(record.row, prefill=-prefill, decode=-decode, tokens=-tokens)
+            fresh = record.fresh.pop(key, None)
+            self.columns.count(
+                record.row,
+                prefill=-prefill,
+                decode=-decode,
+                tokens=-fresh.num_tokens if fresh else 0,
+                context=-decode * placement.num_context_tokens,
+            )
 
     def settle(self, record: InstanceRecord, now: float) -> None:
         """Drop the corrections that a heartbeat received ``now`` accounts for."""
-        for key, (placed_at, tokens) in list(record.fresh.items()):
-            if placed_at > now - SETTLE_S:
+        for key, fresh in list(record.fresh.items()):
+            if fresh.placed_at_s > now - SETTLE_S:
                 break
             del record.fresh[key]
-            if tokens and record.row is not None:
-                self.columns.count(record.row, tokens=-tokens)
+            if fresh.num_tokens and record.row is not None:
+                self.columns.count(record.row, tokens=-fresh.num_tokens)
+        if record.row is not None:
+            fresh_s = sum(fresh.prefill_s for fresh in record.fresh.values())
+            self.columns.correct_prefill(record.row, record.load, fresh_s, now)

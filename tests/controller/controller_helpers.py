@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import dataclasses
+from typing import Any, TypeVar
 
 from baton.core.clock import VirtualClock
 from baton.core.cluster import InstanceInfo, InstanceLoad, Placement, Role
@@ -44,8 +45,8 @@ def make_info(
     )
 
 
-def idle_load(**changes: int) -> InstanceLoad:
-    return InstanceLoad(**{"num_free_blocks": NUM_BLOCKS, **changes})
+def idle_load(**changes: Any) -> InstanceLoad:
+    return dataclasses.replace(InstanceLoad(num_free_blocks=NUM_BLOCKS), **changes)
 
 
 class Bench:

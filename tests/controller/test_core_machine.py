@@ -251,7 +251,10 @@ class ControllerMachine(RuleBasedStateMachine):
             assert view.open_prefill[row] == sum(p.prefill == me for p in opened)
             assert view.open_decode[row] == sum(p.decode == me for p in opened)
             assert set(record.fresh) <= set(state.open)
-            assert view.fresh_tokens[row] == sum(t for _, t in record.fresh.values())
+            assert view.open_context[row] == sum(
+                p.num_context_tokens for p in opened if p.decode == me
+            )
+            assert view.fresh_tokens[row] == sum(f.num_tokens for f in record.fresh.values())
 
     @invariant()
     def the_queue_is_bounded_and_has_deadlines(self) -> None:

@@ -8,7 +8,8 @@ import pytest
 from baton.core.cluster import Role
 from controller.columns import Columns
 from controller.events import PlaceQuery
-from controller.policy import Choice, NoChoice, choose, mix64, paths
+from controller.policies.base import Choice, NoChoice, choose, mix64, paths
+from controller.policies.least_loaded import LeastLoaded
 from kvpool.layout import KVLayout
 from tests.controller.controller_helpers import NUM_BLOCKS, idle_load, make_info
 
@@ -36,7 +37,7 @@ class Rows:
     def decide(self, draw: int = 0, **query: object) -> Choice | NoChoice:
         values = {"num_prompt_tokens": 10, "max_new_tokens": 10, **query}
         made = PlaceQuery("r", **values)  # type: ignore[arg-type]
-        return choose(made, self.columns.view, draw)
+        return choose(LeastLoaded(), made, self.columns.view, 0.0, draw)
 
     def names(self, rows: tuple[int, int]) -> tuple[str, str]:
         names = self.columns.view.names
