@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from baton.core.cluster import InstanceInfo, InstanceLoad, Placement, Role
 from baton.core.errors import BatonError, Code, Stage, error_from_code
 from baton.core.slo import NO_TARGETS, Slo
+from controller.role_events import RoleCommand, RoleEvent
 
 CallId = int
 SessionId = int
@@ -201,6 +202,9 @@ class RequestEnded:
     ttft_s: float = 0.0
     tpot_s: float = 0.0
     attempts: tuple[AttemptEnded, ...] = ()
+    service_class: str = ""
+    met: bool | None = None
+    """Whether it finished within its targets; ``None`` where it had none, or its client left."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -243,6 +247,7 @@ Event = (
     | OutcomesReported
     | SetRole
     | Drain
+    | RoleEvent
 )
 
 # Commands -------------------------------------------------------------------------------------
@@ -390,4 +395,5 @@ Command = (
     | StoreDelete
     | StoreEpoch
     | RoleSwitchEnded
+    | RoleCommand
 )
