@@ -21,7 +21,7 @@ from controller.membership import InstanceEvent, InstanceState
 from controller.placements import PlacementDesk
 from controller.policies import make_policy
 from controller.policies.base import PlacementPolicy
-from controller.roles import ROLE_KEY_PREFIX, RoleDesk
+from controller.roles import RoleDesk
 from controller.state import ClusterState, InstanceRecord, epoch_of
 from controller.traces import RequestTrace, TraceBook
 
@@ -43,13 +43,17 @@ class ControllerCore:
         stored: Mapping[str, str] | None = None,
         policy: PlacementPolicy | None = None,
         costs: CostModel | None = None,
+        run_id: str = "",
     ) -> None:
         """``policy``: instead of the one that ``config`` names. ``costs``: what predictions start
         from, of every instance."""
         self._costs = costs
         self._config = config
-        roles, drained = _from_store(stored or {})
-        self.state = ClusterState(epoch, roles, drained)
+        stored = stored or {}
+        drained = {
+            key.removeprefix(DRAIN_KEY_PREFIX) for key in stored if key.startswith(DRAIN_KEY_PREFIX)
+        }
+        self.state = ClusterState(epoch, stored, drained, run_id)
         self.traces = TraceBook(config.trace_capacity)
         self.placements = PlacementDesk(
             self.state, config, self.traces, policy or make_policy(config.policy)
@@ -326,14 +330,3 @@ def _info_problem(info: InstanceInfo) -> Failure | None:
             text = f"{name} is missing from a registration"
             return Failure(Code.INVALID_REQUEST, text, param=name)
     return None
-
-
-def _from_store(stored: Mapping[str, str]) -> tuple[dict[str, Role], set[str]]:
-    """Operators' choices. What cannot be read is left out: it must not stop a controller."""
-    roles = {
-        key.removeprefix(ROLE_KEY_PREFIX): Role(value)
-        for key, value in stored.items()
-        if key.startswith(ROLE_KEY_PREFIX) and value in Role._value2member_map_
-    }
-    drained = {k.removeprefix(DRAIN_KEY_PREFIX) for k in stored if k.startswith(DRAIN_KEY_PREFIX)}
-    return roles, drained

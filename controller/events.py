@@ -375,13 +375,6 @@ class StoreEpoch:
     epoch: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RoleSwitchEnded:
-    """For the metrics; ``result``: done, refused, timed_out, lost."""
-
-    result: str
-
-
 Command = (
     Registered
     | Placed
@@ -394,6 +387,5 @@ Command = (
     | StorePut
     | StoreDelete
     | StoreEpoch
-    | RoleSwitchEnded
     | RoleCommand
 )

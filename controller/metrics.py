@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from baton.core.cluster import Placement, Role
 from controller.events import Placed
 from controller.membership import InstanceState
+from controller.role_metrics import RoleMetrics
 from controller.state import ClusterState
 
 _DECISION_BUCKETS_S = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -40,12 +41,6 @@ class ControllerMetrics:
             "baton_instances", "Live instances", ["role", "state"], registry=registry
         )
         self.epoch = Gauge("baton_controller_epoch", "The controller's epoch", registry=registry)
-        self.role_switches = Counter(
-            "baton_controller_role_switches",
-            "Role switches ended, by result",
-            ["result"],
-            registry=registry,
-        )
         self.decision_s = Histogram(
             "baton_controller_decision_seconds",
             "Time to decide one batch of placements",
@@ -64,8 +59,7 @@ class ControllerMetrics:
         )
         for outcome in ("placed", "refused"):
             self.placements.labels(outcome)
-        for result in ("done", "refused", "timed_out", "lost"):
-            self.role_switches.labels(result)
+        self.role_metrics = RoleMetrics(registry)
 
     def observe_blocks(self, num_blocks: int, num_holders: int) -> None:
         """After a report of KV blocks."""

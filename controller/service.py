@@ -14,7 +14,7 @@ from controller.core import ControllerCore
 from controller.discovery import open_store
 from controller.drains import DRAIN_KEY_PREFIX
 from controller.metrics import ControllerMetrics
-from controller.roles import ROLE_KEY_PREFIX
+from controller.role_choices import ROLE_KEY_PREFIX
 from controller.servicers import ClusterServicer, ControllerServicer, add_servicers
 from controller.shell import ControllerShell
 from controller.store import MetadataStore

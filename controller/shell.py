@@ -13,7 +13,7 @@ from typing import Any
 
 from baton.core.clock import Clock
 from baton.core.errors import BatonError, Code, Stage, Unavailable
-from controller import events, wire
+from controller import events, role_events, wire
 from controller.block_directory import BlockDirectory
 from controller.core import ControllerCore
 from controller.events import Command, Event
@@ -238,8 +238,10 @@ class ControllerShell:
                 self._writer.delete(key)
             case events.StoreEpoch(epoch):
                 self._writer.raise_epoch(epoch)
-            case events.RoleSwitchEnded(result):
-                self._metrics.role_switches.labels(result).inc()
+            case role_events.RoleSwitchEnded():
+                self._metrics.role_metrics.observe_switch(command)
+            case role_events.RoleAdviceChanged():
+                pass
             case events.Placed(call_id):
                 self._metrics.observe_placed(command)
                 answers = self._batches.get(call_id)

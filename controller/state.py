@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Role, Target
@@ -21,10 +21,14 @@ from controller.events import (
     MemberInfo,
     SendDirective,
     SessionId,
+    StoreDelete,
     StoreEpoch,
+    StorePut,
 )
 from controller.membership import InstanceEvent, InstanceState, next_state
 from controller.policies.base import paths
+from controller.role_choices import ROLE_KEY_PREFIX, choices_from_store, stored_choice
+from controller.role_events import Who
 
 INCARNATIONS_PER_EPOCH = 2**20
 MAX_RECENTLY_DEAD = 32
@@ -44,14 +48,22 @@ def epoch_of(incarnation: int) -> int:
 class RoleSwitch:
     """A role switch in flight."""
 
-    call_id: CallId
+    call_id: CallId | None
+    """The operator's call that waits for it; ``None``: the planner wants it."""
     target: Role
     previous: Role
     stored_before: Role | None
-    """The operator's earlier choice, to go back to."""
+    """The earlier choice, to go back to, and whether it was an operator's."""
+    pinned_before: bool
     directive_id: int
     force: bool
+    began_s: float
     committing: bool = False
+
+    @property
+    def who(self) -> Who:
+        """Who wants it."""
+        return Who.PLANNER if self.call_id is None else Who.OPERATOR
 
 
 class Fresh(NamedTuple):
@@ -119,8 +131,11 @@ class OpenPlacement:
 class ClusterState:
     """See the module docstring."""
 
-    def __init__(self, epoch: int, roles: dict[str, Role], drained_ids: set[str]) -> None:
+    def __init__(
+        self, epoch: int, stored: Mapping[str, str], drained_ids: set[str], run_id: str = ""
+    ) -> None:
         self.epoch = epoch
+        self._run_id = run_id
         self.version = 0
         self.changed = False
         """Membership or readiness changed during this event."""
@@ -134,8 +149,9 @@ class ClusterState:
         self.members: dict[SessionId, MemberInfo] = {}
         self.sessions: dict[SessionId, tuple[str, int]] = {}
         """Open sessions of instances: instance id and incarnation."""
-        self.roles = roles
-        """Operators' choices, by instance id; they outlive restarts."""
+        self.roles, self.pinned = choices_from_store(stored, run_id)
+        """Roles that somebody chose, by instance id, and where that was an operator; they outlive
+        restarts."""
         self.drained_ids = drained_ids
         self.columns = Columns()
         self.deadlines: Deadlines[DeadlineKey] = Deadlines()
@@ -205,6 +221,21 @@ class ClusterState:
         if record.row is not None:
             self.columns.set_role(record.row, role)
         self.changed = self.more_usable = True
+
+    def choose_role(self, instance_id: str, role: Role, *, pinned: bool) -> None:
+        """Remember a choice across restarts; ``pinned``: an operator's."""
+        if self.roles.get(instance_id) is role and pinned == (instance_id in self.pinned):
+            return
+        self.roles[instance_id] = role
+        (self.pinned.add if pinned else self.pinned.discard)(instance_id)
+        value = stored_choice(role, pinned=pinned, run_id=self._run_id)
+        self.emit(StorePut(ROLE_KEY_PREFIX + instance_id, value))
+
+    def forget_role(self, instance_id: str) -> None:
+        """Nobody chose it after all."""
+        if self.roles.pop(instance_id, None) is not None:
+            self.pinned.discard(instance_id)
+            self.emit(StoreDelete(ROLE_KEY_PREFIX + instance_id))
 
     def paths(self) -> tuple[bool, bool, bool]:
         """Whether anything ready takes prefill, decode, and both in one compatible pair."""

@@ -8,7 +8,7 @@ import pytest
 
 from baton.core.cluster import Role
 from baton.core.errors import Code
-from controller import events
+from controller import events, role_events
 from controller.events import Command
 from controller.roles import SWITCH_TIMEOUT_S
 from kvpool.layout import KVLayout
@@ -57,7 +57,11 @@ def test_two_phases() -> None:
         assert placed(bench.place_one(f"r{index}")).prefill.instance_id == "p0"
     commands = ack(bench, "p1")
     assert only(commands, events.RoleSet) == [events.RoleSet(call_id, Role.PREFILL)]
-    assert only(commands, events.RoleSwitchEnded) == [events.RoleSwitchEnded("done")]
+    assert only(commands, role_events.RoleSwitchEnded) == [
+        role_events.RoleSwitchEnded(
+            "done", Role.PREFILL, Role.DECODE, role_events.Who.OPERATOR, seconds=0.0
+        )
+    ]
     assert ("role", "p1") not in bench.core.state.deadlines._at
 
 
@@ -210,7 +214,7 @@ def test_silence_rolls_back(prepared: bool) -> None:
     assert role_of(bench, "p1") is Role.PREFILL
     assert bench.core.state.roles == {}
     assert directives(commands)[-1] == events.CommitRole(Role.PREFILL)
-    assert only(commands, events.RoleSwitchEnded) == [events.RoleSwitchEnded("timed_out")]
+    assert [c.result for c in only(commands, role_events.RoleSwitchEnded)] == ["timed_out"]
     stored = [c for c in bench.log if isinstance(c, events.StorePut | events.StoreDelete)]
     expected = [events.StorePut("role/p1", "decode"), events.StoreDelete("role/p1")]
     assert stored == (expected if prepared else [])
