@@ -126,6 +126,8 @@ def outcomes(batch: controller_pb2.OutcomeBatch) -> events.OutcomesReported:
                 ttft_s=outcome.ttft_s,
                 tpot_s=outcome.tpot_s,
                 attempts=tuple(_attempt_ended(attempt) for attempt in outcome.attempts),
+                service_class=outcome.service_class,
+                met=outcome.met if outcome.HasField("met") else None,
             )
             for outcome in batch.outcomes
         ),
@@ -178,6 +180,9 @@ def explanation(trace: RequestTrace) -> cluster_pb2.ExplainResponse:
         response.cached_tokens = ended.cached_tokens
         response.cached_by_tier.update(ended.cached_by_tier)
         response.ttft_s, response.tpot_s = ended.ttft_s, ended.tpot_s
+        response.service_class = ended.service_class
+        if ended.met is not None:
+            response.met = ended.met
     for entry in sorted(trace.attempts.values(), key=lambda e: (e.choice, e.attempt)):
         message = response.attempts.add(
             attempt=entry.attempt,

@@ -31,6 +31,7 @@ STATUS_BY_CODE: dict[Code, grpc.StatusCode] = {
     Code.TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.CONFIG: grpc.StatusCode.FAILED_PRECONDITION,
     Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Code.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
     Code.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     Code.ABORTED: grpc.StatusCode.CANCELLED,

@@ -119,6 +119,14 @@ def _cached(reply: cluster_pb2.ExplainResponse) -> str:
     return f"{reply.cached_tokens} cached" + (f": {tiers}" if tiers else "")
 
 
+def _targets(reply: cluster_pb2.ExplainResponse) -> str:
+    """Its class, and whether it was served as that promises; empty where it had neither."""
+    text = f", class {reply.service_class}" if reply.service_class else ""
+    if reply.HasField("met"):
+        text += f", targets {'met' if reply.met else 'missed'}"
+    return text
+
+
 def explain(address: str, request_id: str, *, as_json: bool) -> None:
     """Print where a request ran and when each stage happened."""
     with AdminClient(address) as admin:
@@ -131,7 +139,7 @@ def explain(address: str, request_id: str, *, as_json: bool) -> None:
         f"request [bold]{reply.request_id}[/bold]  outcome {reply.outcome} {reply.error}\n"
         f"prompt {reply.prompt_tokens} tokens ({_cached(reply)}), "
         f"output {reply.completion_tokens} tokens, "
-        f"TTFT {reply.ttft_s * 1000:.1f} ms, TPOT {reply.tpot_s * 1000:.2f} ms"
+        f"TTFT {reply.ttft_s * 1000:.1f} ms, TPOT {reply.tpot_s * 1000:.2f} ms{_targets(reply)}"
     )
     for attempt in reply.attempts:
         prefill = f"{attempt.prefill_instance} (life {life(attempt.prefill_incarnation)})"

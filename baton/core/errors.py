@@ -17,6 +17,7 @@ themselves::
     ├── NotFound            no such model, instance or request
     ├── ConfigError         the operator must change a setting, a file or a port
     ├── Unavailable         nothing can serve it now; retry later
+    ├── Overloaded          shed: its targets could not be met; retry later
     ├── Refused             this instance will not; place it elsewhere
     ├── DeadlineExceeded    its time budget ran out
     ├── Aborted             the client went away or asked for it to stop
@@ -42,6 +43,7 @@ class Code(enum.StrEnum):
     TOO_LARGE = "request_too_large"
     CONFIG = "config_error"
     UNAVAILABLE = "unavailable"
+    OVERLOADED = "overloaded"
     REFUSED = "refused"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     ABORTED = "aborted"
@@ -115,6 +117,16 @@ class Unavailable(BatonError):
     retryable = True
 
 
+class Overloaded(BatonError):
+    """Shed by admission control: more is asked for than can be served in time.
+
+    Retry after ``retry_after_s``.
+    """
+
+    code = Code.OVERLOADED
+    retryable = True
+
+
 class Refused(BatonError):
     """An instance will not take this work (wrong role, draining, full); place it elsewhere."""
 
@@ -185,6 +197,7 @@ ERRORS_BY_CODE: dict[Code, type[BatonError]] = {
     Code.NOT_FOUND: NotFound,
     Code.CONFIG: ConfigError,
     Code.UNAVAILABLE: Unavailable,
+    Code.OVERLOADED: Overloaded,
     Code.REFUSED: Refused,
     Code.DEADLINE_EXCEEDED: DeadlineExceeded,
     Code.ABORTED: Aborted,

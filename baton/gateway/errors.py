@@ -19,6 +19,7 @@ HTTP_STATUS: dict[Code, int] = {
     Code.TOO_LARGE: 413,
     Code.CONFIG: 500,
     Code.UNAVAILABLE: 503,
+    Code.OVERLOADED: 429,
     Code.REFUSED: 503,
     Code.DEADLINE_EXCEEDED: 504,
     Code.ABORTED: 499,
@@ -34,6 +35,7 @@ _TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
+    429: "overloaded_error",
     499: "request_aborted_error",
     500: "internal_server_error",
     503: "service_unavailable_error",
@@ -62,7 +64,7 @@ def error_body(error: BatonError, *, status: int | None = None) -> dict[str, Any
 def error_headers(error: BatonError) -> dict[str, str]:
     """``Retry-After`` in whole seconds, and the hint that the OpenAI clients obey."""
     headers = {"x-should-retry": "true" if error.retryable else "false"}
-    if http_status(error) == 503:
+    if http_status(error) in (429, 503) or error.retry_after_s is not None:
         retry_after_s = error.retry_after_s or _DEFAULT_RETRY_AFTER_S
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     return headers

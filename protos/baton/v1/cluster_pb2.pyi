@@ -438,6 +438,8 @@ class ExplainResponse(_message.Message):
     TPOT_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     CACHED_BY_TIER_FIELD_NUMBER: _builtins.int
+    SERVICE_CLASS_FIELD_NUMBER: _builtins.int
+    MET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     outcome: _builtins.str
     """open, stop, length, abort, or an error code"""
@@ -447,6 +449,9 @@ class ExplainResponse(_message.Message):
     cached_tokens: _builtins.int
     ttft_s: _builtins.float
     tpot_s: _builtins.float
+    service_class: _builtins.str
+    met: _builtins.bool
+    """within every target; unset while open, and where it had none"""
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptTrace]: ...
     @_builtins.property
@@ -466,12 +471,16 @@ class ExplainResponse(_message.Message):
         tpot_s: _builtins.float = ...,
         attempts: _abc.Iterable[Global___AttemptTrace] | None = ...,
         cached_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        service_class: _builtins.str = ...,
+        met: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_met", b"_met", "met", b"met"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "error", b"error", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_met", b"_met", "attempts", b"attempts", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "error", b"error", "met", b"met", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "service_class", b"service_class", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__met: _TypeAlias = _typing.Literal["met"]  # noqa: Y015
+    _WhichOneofArgType__met: _TypeAlias = _typing.Literal["_met", b"_met"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__met) -> _WhichOneofReturnType__met | None: ...
 
 Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 

@@ -719,7 +719,7 @@ class Outcome(_message.Message):
     tpot_s: _builtins.float
     service_class: _builtins.str
     met: _builtins.bool
-    """finished, and within every target"""
+    """within every target; unset where it had none, or its client left"""
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptOutcome]: ...
     @_builtins.property
@@ -738,13 +738,15 @@ class Outcome(_message.Message):
         attempts: _abc.Iterable[Global___AttemptOutcome] | None = ...,
         cached_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         service_class: _builtins.str = ...,
-        met: _builtins.bool = ...,
+        met: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_met", b"_met", "met", b"met"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "error", b"error", "met", b"met", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "service_class", b"service_class", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_met", b"_met", "attempts", b"attempts", "cached_by_tier", b"cached_by_tier", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "error", b"error", "met", b"met", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "service_class", b"service_class", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__met: _TypeAlias = _typing.Literal["met"]  # noqa: Y015
+    _WhichOneofArgType__met: _TypeAlias = _typing.Literal["_met", b"_met"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__met) -> _WhichOneofReturnType__met | None: ...
 
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
