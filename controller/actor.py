@@ -30,6 +30,7 @@ class ControllerActor:
         store_url: str,
         config: ControllerConfig,
         model: str,
+        run_id: str = "",
     ) -> None:
         self._server = HostedServer(
             "controller",
@@ -40,6 +41,7 @@ class ControllerActor:
                 store_url=store_url,
                 config=config,
                 model=model,
+                run_id=run_id,
             ),
             start_timeout_s=_START_TIMEOUT_S,
         )

@@ -14,11 +14,13 @@ from baton.core.cluster import InstanceInfo, Role
 from baton.core.config import ControllerConfig
 from baton.core.cost_model import CostModel
 from baton.core.errors import Code
-from controller import events
+from controller import events, role_events
 from controller.drains import DRAIN_KEY_PREFIX, DrainDesk
+from controller.elastic import RoleAutomation
 from controller.events import Command, Event, Failure
 from controller.membership import InstanceEvent, InstanceState
 from controller.placements import PlacementDesk
+from controller.planner import NullPlanner, RolePlanner
 from controller.policies import make_policy
 from controller.policies.base import PlacementPolicy
 from controller.roles import RoleDesk
@@ -43,10 +45,14 @@ class ControllerCore:
         stored: Mapping[str, str] | None = None,
         policy: PlacementPolicy | None = None,
         costs: CostModel | None = None,
+        planner: RolePlanner | None = None,
         run_id: str = "",
+        wall_offset_s: float = 0.0,
     ) -> None:
         """``policy``: instead of the one that ``config`` names. ``costs``: what predictions start
-        from, of every instance."""
+        from, of every instance. ``planner``: who switches roles beside operators; default: nobody.
+        ``run_id`` is equal for all controllers of one run of the cluster; what a planner chose in
+        another is forgotten. ``now + wall_offset_s`` is Unix time."""
         self._costs = costs
         self._config = config
         stored = stored or {}
@@ -59,6 +65,15 @@ class ControllerCore:
             self.state, config, self.traces, policy or make_policy(config.policy)
         )
         self._roles = RoleDesk(self.state)
+        self.automation = RoleAutomation(
+            self.state,
+            self._roles,
+            planner or NullPlanner(),
+            config.roles,
+            num_queued=lambda: self.placements.num_queued,
+            stored=stored,
+            wall_offset_s=wall_offset_s,
+        )
         self._drains = DrainDesk(self.state)
         self._fenced: dict[str, int] = {}
         """Highest dead incarnation by instance id: nothing up to it ever serves again."""
@@ -70,8 +85,9 @@ class ControllerCore:
                 self._heartbeat(event, now)
             case events.PlaceRequests():
                 self.placements.place(event, now)
+                self.automation.placed(event.queries, now)
             case events.OutcomesReported():
-                self._outcomes(event)
+                self._outcomes(event, now)
             case events.RegisterInstance():
                 self._register(event, now)
             case events.SessionClosed():
@@ -82,6 +98,10 @@ class ControllerCore:
                 self._member_gone(event)
             case events.SetRole():
                 self._roles.request(event, now)
+            case role_events.PinRole():
+                self.automation.pin(event)
+            case role_events.PauseRoles():
+                self.automation.pause(event, now)
             case events.Drain():
                 self._drains.request(event, now)
             case events.CallGone():
@@ -107,6 +127,8 @@ class ControllerCore:
                         self._roles.expired(key)
                 case "drain", int():
                     self._drains.expired(key)
+                case "roles", str():
+                    self.automation.due(key, stalled, now)
         return self._finish(now)
 
     def next_deadline(self) -> float | None:
@@ -292,9 +314,10 @@ class ControllerCore:
         if not any((m.kind, m.member_id) == ("gateway", member.member_id) for m in others):
             self.placements.gateway_gone(member.member_id)
 
-    def _outcomes(self, event: events.OutcomesReported) -> None:
+    def _outcomes(self, event: events.OutcomesReported, now: float) -> None:
         for outcome in event.outcomes:
             self.traces.ended(outcome)
+            self.automation.reported(outcome, now)
             for attempt in outcome.attempts:
                 self.placements.ended(attempt.request_id, attempt.attempt)
 

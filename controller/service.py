@@ -13,7 +13,9 @@ from baton.core.errors import ConfigError
 from controller.core import ControllerCore
 from controller.discovery import open_store
 from controller.drains import DRAIN_KEY_PREFIX
+from controller.elastic import PAUSE_KEY_PREFIX
 from controller.metrics import ControllerMetrics
+from controller.planner import RolePlanner
 from controller.role_choices import ROLE_KEY_PREFIX
 from controller.servicers import ClusterServicer, ControllerServicer, add_servicers
 from controller.shell import ControllerShell
@@ -30,7 +32,8 @@ _FLUSH_S = 1.0
 class ControllerService:
     """Runs on one event loop; see :class:`protos.serving.Service` for the order of calls.
 
-    ``host`` is bound and announced; port 0 takes a free one (see :attr:`address`).
+    ``host`` is bound and announced; port 0 takes a free one (see :attr:`address`). ``run_id`` and
+    ``planner`` are those of :class:`ControllerCore`.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class ControllerService:
         model: str,
         clock: Clock | None = None,
         store: MetadataStore | None = None,
+        planner: RolePlanner | None = None,
+        run_id: str = "",
     ) -> None:
         self._cluster = cluster
         self._host = host
@@ -52,6 +57,8 @@ class ControllerService:
         self._model = model
         self._clock = clock or SystemClock()
         self._store = store or open_store(store_url, cluster)
+        self._planner = planner
+        self._run_id = run_id
         self._metrics = ControllerMetrics()
         self._http = HttpServer(
             make_asgi_app(self._metrics.registry),
@@ -118,12 +125,20 @@ class ControllerService:
         stored = {
             **await self._store.scan(ROLE_KEY_PREFIX),
             **await self._store.scan(DRAIN_KEY_PREFIX),
+            **await self._store.scan(PAUSE_KEY_PREFIX),
         }
         await self._store.announce(self.address)
         self._writer = StoreWriter(self._store, address=self.address, epoch=epoch, values=stored)
         self._writer.start()
         self.metrics_address = await self._http.start()
-        core = ControllerCore(self._config, epoch=epoch, stored=stored)
+        core = ControllerCore(
+            self._config,
+            epoch=epoch,
+            stored=stored,
+            planner=self._planner,
+            run_id=self._run_id,
+            wall_offset_s=self._clock.wall() - self._clock.now(),
+        )
         self._shell = ControllerShell(core, self._clock, self._writer, self._metrics)
         constants = cluster_pb2.ClusterStatus(
             cluster=self._cluster,

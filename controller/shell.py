@@ -70,6 +70,7 @@ class ControllerShell:
         self._view: controller_pb2.ClusterView | None = None
         self.stopping = False
         metrics.observe_membership(core.state)
+        self._observe_roles()
 
     # Events
 
@@ -241,7 +242,7 @@ class ControllerShell:
             case role_events.RoleSwitchEnded():
                 self._metrics.role_metrics.observe_switch(command)
             case role_events.RoleAdviceChanged():
-                pass
+                self._observe_roles()
             case events.Placed(call_id):
                 self._metrics.observe_placed(command)
                 answers = self._batches.get(call_id)
@@ -251,6 +252,10 @@ class ControllerShell:
                 future = self._calls.get(command.call_id)
                 if future is not None and not future.done():
                     future.set_result(command)
+
+    def _observe_roles(self) -> None:
+        roles = self.core.automation
+        self._metrics.role_metrics.observe_advice(roles.advice, paused=roles.paused)
 
     def _close(self, session: Session, item: SessionItem) -> None:
         session.closed = True

@@ -1,7 +1,7 @@
 """Where the controller keeps what must outlive it: one interface, one conformance suite.
 
-Keys in use: ``role/<instance>``, ``drain/<instance>``; the epoch and the controller's address
-have methods of their own.
+Keys in use: ``role/<instance>``, ``drain/<instance>``, ``pause/roles``; the epoch and the
+controller's address have methods of their own.
 """
 
 from __future__ import annotations
