@@ -118,6 +118,7 @@ def test_queue_time_is_bounded(budget_s: float | None, wait_s: float) -> None:
     assert failure.code is Code.UNAVAILABLE
     assert failure.retry_after_s is not None
     assert "prefill" in failure.message
+    bench.advance(ControllerConfig().roles.interval_s)
     assert bench.core.next_deadline() is None
 
 
