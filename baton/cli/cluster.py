@@ -17,6 +17,7 @@ import grpc
 import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton.cli.emulation import real_pool
 from baton.cli.ports import answers, check_port, free_port
 from baton.cli.processes import RayProcesses, signals_kept
 from baton.core.config import ServeConfig
@@ -258,7 +259,7 @@ class ClusterRun:
             layout=layout.text,
             slot_bytes=layout.block_bytes,
             tls=config.handoff.tls,
-            pool=config.pool,
+            pool=real_pool(config, layout.block_bytes),
         )
 
     def _hosts_instances(self, node: dict[str, Any]) -> bool:

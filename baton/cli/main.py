@@ -38,6 +38,11 @@ def serve(
     decode: Annotated[int | None, typer.Option(help="decode instances")] = None,
     mixed: Annotated[int | None, typer.Option(help="instances that do both")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or emulated")] = None,
+    profile: Annotated[Path | None, typer.Option(help="of an emulated device: its costs")] = None,
+    time_dilation: Annotated[
+        float | None, typer.Option(help="emulated time takes so many times as long")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="address to listen at")] = None,
     http_port: Annotated[int | None, typer.Option(help="OpenAI-compatible HTTP; 0: any")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="gRPC; 0: any")] = None,
@@ -59,6 +64,9 @@ def serve(
         "decode": decode,
         "mixed": mixed,
         "dtype": dtype,
+        "device": device,
+        "profile": None if profile is None else str(profile),
+        "time_dilation": time_dilation,
         "host": host,
         "http_port": http_port,
         "grpc_port": grpc_port,

@@ -14,10 +14,11 @@ from typing import Any
 import pydantic
 import yaml
 
+from baton.cli.emulation import fill_from_profile
 from baton.core.config import ServeConfig
 from baton.core.errors import ConfigError
 
-SHORT_NAMES = {"dtype": "engine.dtype"}
+SHORT_NAMES = {name: f"engine.{name}" for name in ("dtype", "device", "profile", "time_dilation")}
 """Settings of a group that may also stand at the top, as their flag does."""
 
 _ADAPTER: pydantic.TypeAdapter[ServeConfig] | None = None
@@ -39,6 +40,7 @@ def load_settings(
             _put(values, full, values.pop(short))
     if "model" not in values:
         raise ConfigError("model is missing: give --model DIR or set it in the file", param="model")
+    fill_from_profile(values)
     return parse_settings(values, source=str(path) if path else "flags")
 
 

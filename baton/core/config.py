@@ -15,7 +15,7 @@ from baton.core.policy_config import RolesConfig, ServiceConfig
 
 Dtype = Literal["float32", "bfloat16"]
 TransportName = Literal["auto", "shm", "tcp", "collective", "mooncake"]
-DeviceName = Literal["cpu", "cuda"]
+DeviceName = Literal["cpu", "cuda", "emulated"]
 ExchangeName = Literal["auto", "all_gather", "all_to_all"]
 
 
@@ -41,6 +41,11 @@ class EngineConfig:
     num_threads: int = 1
     """CPU threads of one instance's model."""
     device: DeviceName = "cpu"
+    """``emulated``: no model is computed; steps take the time that ``profile`` says."""
+    profile: str | None = None
+    """Of an emulated device: a file of ``baton profile``, or a derived one."""
+    time_dilation: float = 1.0
+    """Everything that is emulated takes so many times as long as the profile says."""
     tp: int = 1
     """Ranks that share the heads and columns of every layer."""
     ep: int = 1
@@ -75,6 +80,20 @@ class EngineConfig:
             )
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ValueError(f"max_model_len must be at least 1, got {self.max_model_len}")
+        self._check_emulated()
+
+    def _check_emulated(self) -> None:
+        _positive(self, "time_dilation")
+        if self.device != "emulated":
+            if self.profile is not None or self.time_dilation != 1.0:
+                raise ValueError("profile and time_dilation are for device emulated")
+            return
+        if self.profile is None:
+            raise ValueError("device emulated needs a profile: give the file of one")
+        if max(self.tp, self.ep, self.dp) > 1:
+            raise ValueError("device emulated needs tp = ep = dp = 1: a profile is of all ranks")
+        if self.num_blocks is None:
+            raise ValueError("device emulated needs num_blocks: nothing is there to be measured")
 
     @property
     def kv_blocks(self) -> int:

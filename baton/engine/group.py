@@ -294,6 +294,6 @@ class EngineGroup:
 
 
 def _sum(parts: list[_Counts]) -> _Counts:
-    """Field by field."""
-    names = [field.name for field in dataclasses.fields(parts[0])]
+    """Field by field; samples of steps are the whole instance's, and not theirs to add up."""
+    names = [field.name for field in dataclasses.fields(parts[0]) if field.name != "samples"]
     return type(parts[0])(**{name: sum(getattr(part, name) for part in parts) for name in names})

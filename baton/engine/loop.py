@@ -25,7 +25,8 @@ from baton.core.clock import Clock
 from baton.core.errors import Aborted, Stage
 from baton.engine.events import Event
 from baton.engine.interface import AnyPlan, AnyResult, StepEngine
-from baton.engine.plan import Runner
+from baton.engine.plan import Runner, shape_of
+from baton.engine.step_samples import StepSamples
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,13 @@ class EngineLoop(Generic[AnyPlan, AnyResult]):
         self._in_flight = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="runner")
         self.counters = StepCounters()
+        self.samples = StepSamples()
+        """Of the steps since somebody last took them."""
+
+    @property
+    def runner(self) -> Runner[AnyPlan, AnyResult]:
+        """For metrics: what it computes is this loop's."""
+        return self._runner
 
     def wake(self) -> None:
         """Tell the loop that the engine's state changed. Cheap; call on the event loop."""
@@ -151,6 +159,7 @@ class EngineLoop(Generic[AnyPlan, AnyResult]):
         counters.num_steps += 1
         counters.num_tokens += plan.num_tokens
         counters.execute_s += result.seconds
+        self.samples.add(shape_of(plan), result.seconds)
         if self._on_step is not None:
             self._on_step(plan.num_tokens, result.seconds)
         if events:

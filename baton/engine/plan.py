@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol, TypeVar
 
+from baton.core.cost_model import StepShape, chunk_context
 from baton.core.request import SamplingParams, TokenLogprobs
 
 
@@ -115,6 +116,26 @@ class GroupResult:
     results: tuple[StepResult | None, ...]
     seconds: float
     """Time in ``execute``."""
+
+
+def shape_of(plan: StepPlan | GroupPlan) -> StepShape:
+    """What the time of a plan depends on; of several dp groups, all that they compute together.
+
+    A row of one token that is sampled from is a decode: it costs what a decode does, also where it
+    is what was left of a prompt.
+    """
+    plans = (plan,) if isinstance(plan, StepPlan) else plan.plans
+    num_prefill_tokens = prefill_context = num_decodes = decode_context = 0
+    for own in plans:
+        for row in () if own is None else own.rows:
+            num_tokens = row.num_tokens
+            if num_tokens == 1 and row.sample and row.start:
+                num_decodes += 1
+                decode_context += row.start
+            else:
+                num_prefill_tokens += num_tokens
+                prefill_context += chunk_context(row.start, num_tokens)
+    return StepShape(num_prefill_tokens, prefill_context, num_decodes, decode_context)
 
 
 PlanT = TypeVar("PlanT", StepPlan, GroupPlan, contravariant=True)

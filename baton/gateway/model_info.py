@@ -23,8 +23,13 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
 
 
-def load_model_info(path: str | Path, *, max_model_len: int | None = None) -> ModelInfo:
-    """Read config.json and generation_config.json. Raises ConfigError that names the file."""
+def load_model_info(
+    path: str | Path, *, max_model_len: int | None = None, own_limit: bool = True
+) -> ModelInfo:
+    """Read config.json and generation_config.json. Raises ConfigError that names the file.
+
+    ``own_limit``: whether the model's own limit bounds ``max_model_len``.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"model folder {folder} does not exist", param="model")
@@ -32,6 +37,8 @@ def load_model_info(path: str | Path, *, max_model_len: int | None = None) -> Mo
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.exists() else {}
     length = _positive_int(config, "max_position_embeddings", folder)
+    if max_model_len is not None:
+        length = min(length, max_model_len) if own_limit else max_model_len
     architectures = config.get("architectures") or [str(config.get("model_type", ""))]
     eos = (*_token_ids(generation.get("eos_token_id")), *_token_ids(config.get("eos_token_id")))
     vocab_size = _positive_int(config, "vocab_size", folder)
@@ -39,7 +46,7 @@ def load_model_info(path: str | Path, *, max_model_len: int | None = None) -> Mo
         path=folder,
         architecture=str(architectures[0]),
         vocab_size=vocab_size,
-        max_model_len=length if max_model_len is None else min(length, max_model_len),
+        max_model_len=length,
         eos_token_ids=tuple(token for token in dict.fromkeys(eos) if 0 <= token < vocab_size),
     )
 

@@ -18,6 +18,7 @@ from baton.gateway.http import HttpDoor
 from baton.gateway.links import Links
 from baton.gateway.metrics import GatewayMetrics
 from baton.gateway.model_info import load_model_info
+from baton.gateway.prompt_keys import PromptKeys
 from baton.gateway.requests import RequestChecker
 from baton.gateway.service import InferenceService
 from baton.gateway.settings import GatewaySettings
@@ -48,9 +49,14 @@ class GatewayServer:
         """Reads the model's folder. Raises ConfigError."""
         self._settings = settings
         self._clock = SystemClock()
-        self._model = load_model_info(settings.model, max_model_len=settings.max_model_len)
+        self._model = load_model_info(
+            settings.model,
+            max_model_len=settings.max_model_len,
+            own_limit=settings.model_bounds_len,
+        )
         self._tokenizer = GatewayTokenizer.load(self._model.path)
-        self._metrics = GatewayMetrics()
+        self._metrics = GatewayMetrics(settings.service.classes)
+        self._keys = PromptKeys()
         self._addresses: GatewayAddresses | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -129,6 +135,7 @@ class GatewayServer:
             tokenizer=self._tokenizer,
             eos_token_ids=self._model.eos_token_ids,
             metrics=self._metrics,
+            keys=self._keys,
         )
         self._http_door = HttpDoor(
             self._service,
@@ -161,10 +168,12 @@ class GatewayServer:
             tokenizer=self._tokenizer,
             limits=self._settings.limits,
             max_model_len=min(length for length in lengths if length is not None),
+            service=self._settings.service,
         )
 
     def _on_view(self, view: controller_pb2.ClusterView) -> None:
         self._links.on_view(view)
+        self._keys.on_view(view)
         ready = self._cluster.why_not_ready is None
         task = asyncio.create_task(self._grpc_door.set_ready(ready))
         self._tasks.add(task)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from baton.core.config import GatewayConfig, ServeConfig
+from baton.core.policy_config import ServiceConfig
 
 _PLACE_TIMEOUT_S = 10.0
 
@@ -28,8 +29,11 @@ class GatewaySettings:
     max_model_len: int | None = None
     """Bound set by the operator or the cache; the model's own limit and what the instances
     report bound it further."""
+    model_bounds_len: bool = True
+    """Whether ``max_position_embeddings`` counts too: not where another model is emulated."""
     dtype: str = "float32"
     limits: GatewayConfig = dataclasses.field(default_factory=GatewayConfig)
+    service: ServiceConfig = dataclasses.field(default_factory=ServiceConfig)
     place_timeout_s: float = _PLACE_TIMEOUT_S
     """How long a new request waits for its first placement while the controller is away."""
 
@@ -58,8 +62,10 @@ class GatewaySettings:
             gateway_id=gateway_id,
             node_id=node_id,
             max_model_len=min((bound for bound in bounds if bound is not None), default=None),
+            model_bounds_len=engine.device != "emulated",
             dtype=config.engine.dtype,
             limits=config.gateway,
+            service=config.service,
             queue_timeout_s=config.controller.queue_timeout_s,
             place_timeout_s=max(_PLACE_TIMEOUT_S, config.controller.queue_timeout_s),
         )

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from baton.core.cluster import Role
+from baton.engine.emulated import EmulatedRunner
 from baton.instance.assembly import InstanceParts
 from baton.instance.pool_metrics import PoolSideCollector
 from baton.instance.roles import RoleSwitch
@@ -120,6 +121,14 @@ class InstanceCollector(Collector):
             ("baton_kv_pull_seconds", "Time in pulls.", decode.pull_s),
         ):
             yield CounterMetricFamily(name, text, value=float(value))
+        runner: object = self._loop.runner
+        if isinstance(runner, EmulatedRunner):
+            for name, text, value in (
+                ("baton_emulated_host_seconds", "Work within emulated steps.", runner.host_s),
+                ("baton_emulated_late_seconds", "Emulated steps that ended late.", runner.late_s),
+                ("baton_emulated_faults", "Sequences whose blocks were wrong.", runner.num_faults),
+            ):
+                yield CounterMetricFamily(name, text, value=float(value))
 
     def _transfers(self) -> Iterable[Metric]:
         names = self._transports.names

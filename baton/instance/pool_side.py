@@ -6,7 +6,7 @@ Absent where the machine has no host tier; then an instance has its own cache on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from baton.core.blocks import BlockKey
@@ -18,6 +18,7 @@ from baton.instance.write_back import WriteBack
 from kvpool.block_io import BlockMover
 from kvpool.block_reporter import BlockReporter
 from kvpool.event_log import KVEventLog
+from kvpool.paced import PacedMover
 from kvpool.pool_link import PoolLink
 from kvpool.tiers import KVEvent, KVEventKind, KVSnapshot, Tier
 from kvpool.transport import KVCache
@@ -87,9 +88,15 @@ def make_pool_side(
     host_layout: str,
     block_size: int,
     life: int,
+    load_s: Callable[[Mapping[str, int]], float] | None = None,
 ) -> PoolSide:
-    """Joined to an instance. ``host_layout``: of the host tier's blocks; ``life``: of the log."""
+    """Joined to an instance. ``host_layout``: of the host tier's blocks; ``life``: of the log.
+
+    ``load_s``: how long fetched blocks, by tier, are to take where that is emulated.
+    """
     mover = BlockMover(cache, host_layout)
+    if load_s is not None:
+        mover = PacedMover(cache, host_layout, load_s)
     write_back = None
     if config.write_back != "off":
         write_back = WriteBack(link, mover, block_size=block_size)

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -27,6 +27,7 @@ from baton.core.clock import SystemClock
 from baton.core.cluster import InstanceInfo, InstanceLoad
 from baton.core.errors import ConfigError, RankLost
 from baton.engine.checkpoint import open_checkpoint
+from baton.engine.emulated import EmulatedRunner, Emulation
 from baton.engine.group import make_engine
 from baton.engine.models.config import kv_layout, resolve_max_model_len
 from baton.engine.parallel.launch import ProcessLauncher, RankLauncher
@@ -49,6 +50,7 @@ from baton.instance.session import ControllerSession
 from baton.instance.spec import InstanceSpec
 from kvpool.arena import BlockArena
 from kvpool.layout import KVLayout
+from kvpool.paced import PacedTransport
 from kvpool.pool_link import PoolLink, tier_owner
 from kvpool.transports import TransportSet, make_transports
 from protos.baton.internal.v1 import instance_pb2_grpc
@@ -78,6 +80,7 @@ class InstanceServer:
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._exit = contextlib.AsyncExitStack()
         """What was started, to be stopped in the opposite order."""
+        self._emulation: Emulation | None = None
         self._address = ""
         self._metrics_address = ""
 
@@ -96,10 +99,14 @@ class InstanceServer:
         spec = self.spec
         clock = SystemClock()
         self._checkpoint = checkpoint = open_checkpoint(spec.model)
+        if spec.engine.device == "emulated":
+            self._emulation = Emulation.from_config(spec.engine)
         layout = kv_layout(checkpoint.config, spec.engine)
         loop = asyncio.get_running_loop()
         runner: Runner[Any, Any]
-        if Axes(spec.engine.tp, spec.engine.ep, spec.engine.dp).world_size > 1:
+        if self._emulation is not None:
+            runner = await self._emulate(self._emulation, layout)
+        elif Axes(spec.engine.tp, spec.engine.ep, spec.engine.dp).world_size > 1:
             runner = await self._start_ranks(layout)
         else:
             runner = await self._load_inline(layout)
@@ -113,9 +120,7 @@ class InstanceServer:
             generations=self._cache.generations,
             track_cache=self._has_pool,
         )
-        transports = TransportSet(
-            make_transports(_transport_names(spec), spec.host, tls=spec.handoff.tls)
-        )
+        transports = self._make_transports()
         self._exit.push_async_callback(loop.run_in_executor, None, transports.close)
         self.role = RoleSwitch(spec.role)
         self.parts = parts = assemble(
@@ -174,9 +179,34 @@ class InstanceServer:
                 host_layout=layout.canonical.text,
                 block_size=spec.engine.block_size,
                 life=int(SystemClock().wall() * 1000),
+                load_s=None if self._emulation is None else self._emulated_load_s,
             )
 
         return make
+
+    def _make_transports(self) -> TransportSet:
+        spec, emulation = self.spec, self._emulation
+        transports = make_transports(_transport_names(spec), spec.host, tls=spec.handoff.tls)
+        if emulation is not None:
+            size = spec.engine.block_size
+            transports = [
+                PacedTransport(inner, lambda num_blocks: emulation.handoff_s(num_blocks * size))
+                for inner in transports
+            ]
+        return TransportSet(transports)
+
+    def _emulated_load_s(self, num_blocks: Mapping[str, int]) -> float:
+        assert self._emulation is not None
+        size = self.spec.engine.block_size
+        return self._emulation.fetch_s({tier: n * size for tier, n in num_blocks.items()})
+
+    async def _emulate(self, emulation: Emulation, layout: KVLayout) -> EmulatedRunner:
+        """A runner that only takes the time, and the arena that it leaves its traces in."""
+        spec = self.spec
+        self._cache = await self._make_cache(layout.block_bytes, layout.text)
+        runner = emulation.runner(self._checkpoint, spec.engine, self._cache.buffer)
+        self._exit.callback(runner.close)
+        return runner
 
     async def _load_inline(self, layout: KVLayout) -> InlineRunner:
         """The runner of a single rank, in this process, and the arena that it computes in."""
@@ -336,6 +366,7 @@ class InstanceServer:
     def _load(self) -> InstanceLoad:
         return dataclasses.replace(
             self.instance.load(),
+            samples=self.parts.loop.samples.take(),
             num_steps=self.parts.loop.counters.num_steps,
             rss_bytes=self._process.memory_info().rss,
         )

@@ -135,6 +135,9 @@ class ModelConfig:
 
 def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
     """The KV blocks that an engine with these settings reads and writes."""
+    if engine.device == "emulated":
+        # A word for a token's id, and one for its fingerprint; see baton/engine/emulated.py.
+        return KVLayout("float32", engine.block_size, num_layers=1, num_kv_heads=1, head_dim=1)
     if model.mla is not None:
         return KVLayout(
             dtype=engine.dtype,
@@ -167,7 +170,8 @@ def resolve_max_model_len(model: ModelConfig, engine: EngineConfig) -> int:
     Raises ``ConfigError`` where the user asks for more than the model was made for.
     """
     wanted = engine.max_model_len
-    if wanted is not None and wanted > model.max_position_embeddings:
+    emulated = engine.device == "emulated"  # then the profile's model counts, not this one
+    if wanted is not None and not emulated and wanted > model.max_position_embeddings:
         raise ConfigError(
             f"max_model_len {wanted} is more than the model's max_position_embeddings "
             f"{model.max_position_embeddings}: lower max_model_len",

@@ -12,6 +12,12 @@ from baton.core.errors import ConfigError
 
 def find_device(name: str) -> torch.device:
     """The device of that name. ``ConfigError`` where this process has none."""
+    if name == "emulated":
+        raise ConfigError(
+            "device emulated computes nothing: it is for instances of baton serve, or use device "
+            "cpu",
+            param="device",
+        )
     device = torch.device(name)
     if device.type == "cpu":
         return device
