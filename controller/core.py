@@ -192,6 +192,7 @@ class ControllerCore:
         if self._costs is not None:
             state.columns.set_costs(record.row, self._costs)
         record.role_unsure = False
+        self.automation.registered(record, now)
         state.changed = True
         state.deadlines.set(("instance", info.instance_id), now + self._config.dead_after_s)
         state.emit(
@@ -318,6 +319,7 @@ class ControllerCore:
         for outcome in event.outcomes:
             self.traces.ended(outcome)
             self.automation.reported(outcome, now)
+            self.placements.lengths.ended(outcome)
             for attempt in outcome.attempts:
                 self.placements.ended(attempt.request_id, attempt.attempt)
 

@@ -141,6 +141,14 @@ class PlaceQuery:
     """Who has how much of the prompt's beginning, as the index says."""
     bind_to: str | None = None
     """Prefill is done, or about to be, on this instance (id): only the decode side is asked for."""
+    expected_new_tokens: float | None = None
+    """What the controller makes of ``max_new_tokens``; callers leave it out."""
+
+    @property
+    def num_expected_tokens(self) -> float:
+        """Output tokens to count with."""
+        known = self.expected_new_tokens
+        return self.max_new_tokens / 2 if known is None else known
 
     @property
     def num_total_tokens(self) -> int:

@@ -15,6 +15,7 @@ from baton.core.config import ControllerConfig
 from baton.core.errors import Code, Stage
 from controller.columns import PlacementView
 from controller.events import CallId, Failure, Placed, PlaceQuery, PlaceRequests
+from controller.output_lengths import OutputLengths
 from controller.policies.base import Choice, NoChoice, PlacementPolicy, choose
 from controller.state import ClusterState, OpenPlacement
 from controller.traces import TraceBook
@@ -58,6 +59,7 @@ class PlacementDesk:
         policy: PlacementPolicy,
     ) -> None:
         self._policy = policy
+        self.lengths = OutputLengths()
         self._state = state
         self._config = config
         self._traces = traces
@@ -79,6 +81,8 @@ class PlacementDesk:
         for index in order:
             query = event.queries[index]
             problem = _problem(query)
+            if problem is None:
+                query = self.lengths.told(query)
             result = problem or self._decide(query, batch.gateway_id, now)
             if isinstance(result, NoChoice):
                 self._enqueue(query, batch, index, result, now)
@@ -172,7 +176,7 @@ class PlacementDesk:
             prefill,
             decode,
             query.num_prompt_tokens,
-            query.num_prompt_tokens + query.max_new_tokens // 2,
+            query.num_prompt_tokens + int(query.num_expected_tokens / 2),
             choice.prefill_s,
         )
         self._state.count_open(query.request_id, open_, now)

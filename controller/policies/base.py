@@ -110,9 +110,6 @@ def choose(
     # A request that ends at its first token makes no handoff: any prefill instance does it all.
     single = query.max_new_tokens <= 1 and bound is None
     decode_ok = prefill_ok if single else usable & view.takes_decode
-    if bound is not None:
-        # It need not take new work to go on with what it has computed.
-        decode_ok = decode_ok | prefill_ok
     if not prefill_ok.any():
         return NoChoice("no ready instance takes prefill")
     if not decode_ok.any():

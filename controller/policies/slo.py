@@ -50,7 +50,7 @@ class SloAware:
         if slo.ttft_s is not None:
             prefill += _MISS_S * (ttft_s > slo.ttft_s)
         handoff_s = view.handoff_latency_s + query.num_prompt_tokens * view.handoff_token_s
-        same = handoff_s / max(1, query.max_new_tokens - 1)
+        same = handoff_s / max(1.0, query.num_expected_tokens - 1.0)
         if slo.tpot_s is not None:
             decode += _MISS_S * (tpot_s + same > slo.tpot_s)
         wait_s = np.maximum(0.0, view.prefill_free_at_s - now)
@@ -97,7 +97,7 @@ def predicted_ttft(
 def predicted_tpot(query: PlaceQuery, view: PlacementView) -> Costs:
     """Per row: seconds per token with this request in the batch."""
     num_decodes = view.open_decode + 1.0
-    context = view.open_context + query.num_prompt_tokens + query.max_new_tokens / 2
+    context = view.open_context + query.num_prompt_tokens + query.num_expected_tokens / 2
     step_s = view.decode_overhead_s + num_decodes * view.decode_item_s
     return np.asarray(step_s + context * view.decode_context_s, dtype=np.float64)
 
