@@ -82,7 +82,7 @@ class RoleAutomation:
         self._switched_s: dict[int, float] = {}
         """By flip group: when something last switched, or was to."""
         self._since: dict[str, tuple[int, Role, float]] = {}
-        """By instance: (incarnation, role, seen with it since)."""
+        """By instance, the dead too until the next view: (incarnation, role, when it took it)."""
         self._proposed: FlipProposal | None = None
         self._in_flight: dict[str, FlipEntry] = {}
         self._refusals: dict[tuple[str, Role, str], float] = {}
@@ -90,7 +90,14 @@ class RoleAutomation:
         if (until := stored.get(_PAUSE_KEY)) is not None:
             self._restore_pause(until)
 
-    # What happens to requests
+    # What happens to instances and requests
+
+    def registered(self, record: InstanceRecord, now: float) -> None:
+        """An instance joined, or came back."""
+        info = record.info
+        known = self._since.get(info.instance_id)
+        if known is None or known[:2] != (info.incarnation, info.role):
+            self._since[info.instance_id] = (info.incarnation, info.role, now)
 
     def placed(self, queries: Iterable[PlaceQuery], now: float) -> None:
         """Requests asked for places, and were placed, queued or refused."""
@@ -176,7 +183,7 @@ class RoleAutomation:
     def view(self, now: float) -> RoleView:
         """What the planner gets to see."""
         records = sorted(self._state.instances.items())
-        self._since = {name: self._seen(record, now) for name, record in records}
+        self._since = {name: self._since[name] for name, _ in records}
         instances = tuple(
             RoleInstance(
                 info=record.info,
@@ -341,13 +348,6 @@ class RoleAutomation:
 
     def _group(self, info: InstanceInfo) -> int:
         return self._groups.setdefault(shape(info), len(self._groups))
-
-    def _seen(self, record: InstanceRecord, now: float) -> tuple[int, Role, float]:
-        info = record.info
-        known = self._since.get(info.instance_id)
-        if known is not None and known[:2] == (info.incarnation, info.role):
-            return known
-        return info.incarnation, info.role, now
 
     def _ready_at_s(self, group: int, *, urgent: bool) -> float:
         """When a flip group may switch again."""

@@ -13,7 +13,7 @@ import grpc.aio
 import psutil
 
 from baton.core.errors import BatonError, Code, InvalidRequest, NotFound, Stage
-from controller import events, wire
+from controller import events, role_events, wire, wire_roles
 from controller.events import Event
 from controller.shell import ControllerShell, Session, Watcher
 from protos.baton.internal.v1 import controller_pb2, controller_pb2_grpc
@@ -223,6 +223,32 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
             error = NotFound(text, stage=Stage.CONTROL, param="request_id", code=Code.NOT_FOUND)
             await abort_with(context, error)
         return wire.explanation(trace)
+
+    async def GetRoles(  # noqa: D102
+        self, request: cluster_pb2.GetRolesRequest, context: Context
+    ) -> cluster_pb2.RolesStatus:
+        limit = request.log_limit if request.HasField("log_limit") else None
+        core, clock = self._shell.core, self._shell.clock
+        return wire_roles.roles_status(core.automation, core.state, clock, limit)
+
+    async def PinRole(  # noqa: D102
+        self, request: cluster_pb2.PinRoleRequest, context: Context
+    ) -> cluster_pb2.PinRoleResponse:
+        def make(call_id: int) -> Event:
+            return role_events.PinRole(call_id, request.instance_id, request.pinned)
+
+        reply: role_events.RolePinned = await _ask(self._shell, context, make)
+        return cluster_pb2.PinRoleResponse(role=reply.role or "")
+
+    async def PauseRoles(  # noqa: D102
+        self, request: cluster_pb2.PauseRolesRequest, context: Context
+    ) -> cluster_pb2.PauseRolesResponse:
+        def make(call_id: int) -> Event:
+            duration_s = request.duration_s if request.HasField("duration_s") else None
+            return role_events.PauseRoles(call_id, request.paused, duration_s)
+
+        await _ask(self._shell, context, make)
+        return cluster_pb2.PauseRolesResponse()
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -87,6 +87,22 @@ class AdminClient:
         )
         return _ask(lambda: self._stub.Drain(message, timeout=timeout_s + _DRAIN_SLACK_S))
 
+    def roles(self, *, log_limit: int | None = None) -> cluster_pb2.RolesStatus:
+        """Who switches roles, pins, the planner's advice, and the log (its newest entries)."""
+        message = cluster_pb2.GetRolesRequest(log_limit=log_limit)
+        return _ask(lambda: self._stub.GetRoles(message, timeout=self._timeout_s))
+
+    def pin_role(self, instance_id: str, *, pinned: bool = True) -> Role | None:
+        """Keep an instance's role from the planner, or give it back; the role that it has."""
+        message = cluster_pb2.PinRoleRequest(instance_id=instance_id, pinned=pinned)
+        reply = _ask(lambda: self._stub.PinRole(message, timeout=self._timeout_s))
+        return Role(reply.role) if reply.role else None
+
+    def pause_roles(self, *, paused: bool = True, duration_s: float | None = None) -> None:
+        """Let the planner switch nothing (``duration_s``: for so long), or go on."""
+        message = cluster_pb2.PauseRolesRequest(paused=paused, duration_s=duration_s)
+        _ask(lambda: self._stub.PauseRoles(message, timeout=self._timeout_s))
+
     def explain(self, request_id: str) -> cluster_pb2.ExplainResponse:
         """Where a request was placed and when each stage happened. Raises NotFound."""
         message = cluster_pb2.ExplainRequest(request_id=request_id)

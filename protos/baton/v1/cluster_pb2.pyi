@@ -485,6 +485,372 @@ class ExplainResponse(_message.Message):
 Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
+class GetRolesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_LIMIT_FIELD_NUMBER: _builtins.int
+    log_limit: _builtins.int
+    """newest entries of the log; unset: all that are kept"""
+    def __init__(
+        self,
+        *,
+        log_limit: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_log_limit", b"_log_limit", "log_limit", b"log_limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_limit", b"_log_limit", "log_limit", b"log_limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__log_limit: _TypeAlias = _typing.Literal["log_limit"]  # noqa: Y015
+    _WhichOneofArgType__log_limit: _TypeAlias = _typing.Literal["_log_limit", b"_log_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__log_limit) -> _WhichOneofReturnType__log_limit | None: ...
+
+Global___GetRolesRequest: _TypeAlias = GetRolesRequest  # noqa: Y015
+
+@_typing.final
+class InstanceRole(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FLIP_GROUP_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    SWITCHING_TO_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    role: _builtins.str
+    state: _builtins.str
+    """as in InstanceStatus"""
+    flip_group: _builtins.int
+    """instances of one group have equal shape"""
+    pinned: _builtins.bool
+    """an operator chose the role: the planner leaves it"""
+    switching_to: _builtins.str
+    """a role, while a switch is in flight"""
+    since_s: _builtins.float
+    """seconds that it has had the role, as far as is known"""
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        role: _builtins.str = ...,
+        state: _builtins.str = ...,
+        flip_group: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        switching_to: _builtins.str = ...,
+        since_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flip_group", b"flip_group", "instance_id", b"instance_id", "pinned", b"pinned", "role", b"role", "since_s", b"since_s", "state", b"state", "switching_to", b"switching_to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstanceRole: _TypeAlias = InstanceRole  # noqa: Y015
+
+@_typing.final
+class RoleFlip(_message.Message):
+    """One switch of a role, or one that was only proposed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class InputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    WALL_S_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    FROM_ROLE_FIELD_NUMBER: _builtins.int
+    TO_ROLE_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    PREDICTED_BEFORE_FIELD_NUMBER: _builtins.int
+    PREDICTED_AFTER_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_BEFORE_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_AFTER_FIELD_NUMBER: _builtins.int
+    NUM_BEFORE_FIELD_NUMBER: _builtins.int
+    NUM_AFTER_FIELD_NUMBER: _builtins.int
+    SETTLED_FIELD_NUMBER: _builtins.int
+    URGENT_FIELD_NUMBER: _builtins.int
+    DESIRED_INSTANCES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    wall_s: _builtins.float
+    """Unix seconds"""
+    instance_id: _builtins.str
+    from_role: _builtins.str
+    to_role: _builtins.str
+    who: _builtins.str
+    """planner, operator"""
+    reason: _builtins.str
+    state: _builtins.str
+    """switching, done, refused, failed, advised"""
+    detail: _builtins.str
+    """why it was refused, or failed"""
+    predicted_before: _builtins.float
+    """attainment, without the switch and with it"""
+    predicted_after: _builtins.float
+    seconds: _builtins.float
+    """from the preparation to the end, once done"""
+    attainment_before: _builtins.float
+    """Share of requests within their targets over the cooldown before the switch, and after it;
+    unset where none ended. Requests without targets do not count.
+    """
+    attainment_after: _builtins.float
+    num_before: _builtins.int
+    num_after: _builtins.int
+    settled: _builtins.bool
+    """the time after it is over: attainment_after is final"""
+    urgent: _builtins.bool
+    desired_instances: _builtins.int
+    @_builtins.property
+    def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """what the planner decided on"""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        wall_s: _builtins.float = ...,
+        instance_id: _builtins.str = ...,
+        from_role: _builtins.str = ...,
+        to_role: _builtins.str = ...,
+        who: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        state: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        inputs: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        predicted_before: _builtins.float | None = ...,
+        predicted_after: _builtins.float | None = ...,
+        seconds: _builtins.float | None = ...,
+        attainment_before: _builtins.float | None = ...,
+        attainment_after: _builtins.float | None = ...,
+        num_before: _builtins.int = ...,
+        num_after: _builtins.int = ...,
+        settled: _builtins.bool = ...,
+        urgent: _builtins.bool = ...,
+        desired_instances: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attainment_after", b"_attainment_after", "_attainment_before", b"_attainment_before", "_desired_instances", b"_desired_instances", "_predicted_after", b"_predicted_after", "_predicted_before", b"_predicted_before", "_seconds", b"_seconds", "attainment_after", b"attainment_after", "attainment_before", b"attainment_before", "desired_instances", b"desired_instances", "predicted_after", b"predicted_after", "predicted_before", b"predicted_before", "seconds", b"seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attainment_after", b"_attainment_after", "_attainment_before", b"_attainment_before", "_desired_instances", b"_desired_instances", "_predicted_after", b"_predicted_after", "_predicted_before", b"_predicted_before", "_seconds", b"_seconds", "attainment_after", b"attainment_after", "attainment_before", b"attainment_before", "desired_instances", b"desired_instances", "detail", b"detail", "from_role", b"from_role", "inputs", b"inputs", "instance_id", b"instance_id", "num_after", b"num_after", "num_before", b"num_before", "number", b"number", "predicted_after", b"predicted_after", "predicted_before", b"predicted_before", "reason", b"reason", "seconds", b"seconds", "settled", b"settled", "state", b"state", "to_role", b"to_role", "urgent", b"urgent", "wall_s", b"wall_s", "who", b"who"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__attainment_after: _TypeAlias = _typing.Literal["attainment_after"]  # noqa: Y015
+    _WhichOneofArgType__attainment_after: _TypeAlias = _typing.Literal["_attainment_after", b"_attainment_after"]  # noqa: Y015
+    _WhichOneofReturnType__attainment_before: _TypeAlias = _typing.Literal["attainment_before"]  # noqa: Y015
+    _WhichOneofArgType__attainment_before: _TypeAlias = _typing.Literal["_attainment_before", b"_attainment_before"]  # noqa: Y015
+    _WhichOneofReturnType__desired_instances: _TypeAlias = _typing.Literal["desired_instances"]  # noqa: Y015
+    _WhichOneofArgType__desired_instances: _TypeAlias = _typing.Literal["_desired_instances", b"_desired_instances"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_after: _TypeAlias = _typing.Literal["predicted_after"]  # noqa: Y015
+    _WhichOneofArgType__predicted_after: _TypeAlias = _typing.Literal["_predicted_after", b"_predicted_after"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_before: _TypeAlias = _typing.Literal["predicted_before"]  # noqa: Y015
+    _WhichOneofArgType__predicted_before: _TypeAlias = _typing.Literal["_predicted_before", b"_predicted_before"]  # noqa: Y015
+    _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
+    _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attainment_after) -> _WhichOneofReturnType__attainment_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attainment_before) -> _WhichOneofReturnType__attainment_before | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__desired_instances) -> _WhichOneofReturnType__desired_instances | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_after) -> _WhichOneofReturnType__predicted_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_before) -> _WhichOneofReturnType__predicted_before | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds) -> _WhichOneofReturnType__seconds | None: ...
+
+Global___RoleFlip: _TypeAlias = RoleFlip  # noqa: Y015
+
+@_typing.final
+class RolesStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DesiredEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODE_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    PAUSED_FOR_S_FIELD_NUMBER: _builtins.int
+    INSTANCES_FIELD_NUMBER: _builtins.int
+    DESIRED_FIELD_NUMBER: _builtins.int
+    DESIRED_INSTANCES_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_FIELD_NUMBER: _builtins.int
+    NUM_ENDED_FIELD_NUMBER: _builtins.int
+    mode: _builtins.str
+    """auto, advise, off"""
+    paused: _builtins.bool
+    paused_for_s: _builtins.float
+    """seconds left; unset: until an operator says otherwise"""
+    desired_instances: _builtins.int
+    """how many there should be, for an autoscaler"""
+    attainment: _builtins.float
+    """over the last cooldown"""
+    num_ended: _builtins.int
+    """requests with targets that ended in that time"""
+    @_builtins.property
+    def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceRole]: ...
+    @_builtins.property
+    def desired(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """instances by role that the planner would like; may be empty"""
+
+    @_builtins.property
+    def log(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoleFlip]:
+        """oldest first"""
+
+    def __init__(
+        self,
+        *,
+        mode: _builtins.str = ...,
+        paused: _builtins.bool = ...,
+        paused_for_s: _builtins.float | None = ...,
+        instances: _abc.Iterable[Global___InstanceRole] | None = ...,
+        desired: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        desired_instances: _builtins.int | None = ...,
+        log: _abc.Iterable[Global___RoleFlip] | None = ...,
+        attainment: _builtins.float | None = ...,
+        num_ended: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attainment", b"_attainment", "_desired_instances", b"_desired_instances", "_paused_for_s", b"_paused_for_s", "attainment", b"attainment", "desired_instances", b"desired_instances", "paused_for_s", b"paused_for_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attainment", b"_attainment", "_desired_instances", b"_desired_instances", "_paused_for_s", b"_paused_for_s", "attainment", b"attainment", "desired", b"desired", "desired_instances", b"desired_instances", "instances", b"instances", "log", b"log", "mode", b"mode", "num_ended", b"num_ended", "paused", b"paused", "paused_for_s", b"paused_for_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__attainment: _TypeAlias = _typing.Literal["attainment"]  # noqa: Y015
+    _WhichOneofArgType__attainment: _TypeAlias = _typing.Literal["_attainment", b"_attainment"]  # noqa: Y015
+    _WhichOneofReturnType__desired_instances: _TypeAlias = _typing.Literal["desired_instances"]  # noqa: Y015
+    _WhichOneofArgType__desired_instances: _TypeAlias = _typing.Literal["_desired_instances", b"_desired_instances"]  # noqa: Y015
+    _WhichOneofReturnType__paused_for_s: _TypeAlias = _typing.Literal["paused_for_s"]  # noqa: Y015
+    _WhichOneofArgType__paused_for_s: _TypeAlias = _typing.Literal["_paused_for_s", b"_paused_for_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attainment) -> _WhichOneofReturnType__attainment | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__desired_instances) -> _WhichOneofReturnType__desired_instances | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__paused_for_s) -> _WhichOneofReturnType__paused_for_s | None: ...
+
+Global___RolesStatus: _TypeAlias = RolesStatus  # noqa: Y015
+
+@_typing.final
+class PinRoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    pinned: _builtins.bool
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "pinned", b"pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRoleRequest: _TypeAlias = PinRoleRequest  # noqa: Y015
+
+@_typing.final
+class PinRoleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """what the instance has; empty if it is away"""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRoleResponse: _TypeAlias = PinRoleResponse  # noqa: Y015
+
+@_typing.final
+class PauseRolesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAUSED_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    paused: _builtins.bool
+    duration_s: _builtins.float
+    """unset: until an operator says otherwise"""
+    def __init__(
+        self,
+        *,
+        paused: _builtins.bool = ...,
+        duration_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "duration_s", b"duration_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "duration_s", b"duration_s", "paused", b"paused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__duration_s: _TypeAlias = _typing.Literal["duration_s"]  # noqa: Y015
+    _WhichOneofArgType__duration_s: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duration_s) -> _WhichOneofReturnType__duration_s | None: ...
+
+Global___PauseRolesRequest: _TypeAlias = PauseRolesRequest  # noqa: Y015
+
+@_typing.final
+class PauseRolesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseRolesResponse: _TypeAlias = PauseRolesResponse  # noqa: Y015
+
+@_typing.final
 class ErrorInfo(_message.Message):
     """An error inside a reply that carries several results."""
 

@@ -54,6 +54,21 @@ class ClusterStub:
                 request_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.GetRoles = channel.unary_unary(
+                '/baton.v1.Cluster/GetRoles',
+                request_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.GetRolesRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.RolesStatus.FromString,
+                _registered_method=True)
+        self.PinRole = channel.unary_unary(
+                '/baton.v1.Cluster/PinRole',
+                request_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PinRoleRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PinRoleResponse.FromString,
+                _registered_method=True)
+        self.PauseRoles = channel.unary_unary(
+                '/baton.v1.Cluster/PauseRoles',
+                request_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PauseRolesRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PauseRolesResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -87,6 +102,27 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRoles(self, request, context):
+        """How roles are switched: by whom, what is pinned, what the planner would like, and the log.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinRole(self, request, context):
+        """Keeps an instance's role from the planner, or gives it back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseRoles(self, request, context):
+        """The planner switches nothing until it is over; operators still can.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +145,21 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.ExplainRequest.FromString,
                     response_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.ExplainResponse.SerializeToString,
+            ),
+            'GetRoles': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRoles,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.GetRolesRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.RolesStatus.SerializeToString,
+            ),
+            'PinRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinRole,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PinRoleRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PinRoleResponse.SerializeToString,
+            ),
+            'PauseRoles': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRoles,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PauseRolesRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_cluster__pb2.PauseRolesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +270,87 @@ class Cluster:
             '/baton.v1.Cluster/Explain',
             protos_dot_baton_dot_v1_dot_cluster__pb2.ExplainRequest.SerializeToString,
             protos_dot_baton_dot_v1_dot_cluster__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRoles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Cluster/GetRoles',
+            protos_dot_baton_dot_v1_dot_cluster__pb2.GetRolesRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_cluster__pb2.RolesStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Cluster/PinRole',
+            protos_dot_baton_dot_v1_dot_cluster__pb2.PinRoleRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_cluster__pb2.PinRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRoles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Cluster/PauseRoles',
+            protos_dot_baton_dot_v1_dot_cluster__pb2.PauseRolesRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_cluster__pb2.PauseRolesResponse.FromString,
             options,
             channel_credentials,
             insecure,

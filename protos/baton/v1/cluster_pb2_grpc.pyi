@@ -40,6 +40,12 @@ class ClusterStub:
     """Stops new placements on an instance; returns once its last request has ended (wait), or at once."""
     Explain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ExplainRequest, _cluster_pb2.ExplainResponse]
     """Where a request was placed and when each stage happened."""
+    GetRoles: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetRolesRequest, _cluster_pb2.RolesStatus]
+    """How roles are switched: by whom, what is pinned, what the planner would like, and the log."""
+    PinRole: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PinRoleRequest, _cluster_pb2.PinRoleResponse]
+    """Keeps an instance's role from the planner, or gives it back."""
+    PauseRoles: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PauseRolesRequest, _cluster_pb2.PauseRolesResponse]
+    """The planner switches nothing until it is over; operators still can."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -53,6 +59,12 @@ class ClusterAsyncStub(ClusterStub):
     """Stops new placements on an instance; returns once its last request has ended (wait), or at once."""
     Explain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ExplainRequest, _cluster_pb2.ExplainResponse]  # type: ignore[assignment]
     """Where a request was placed and when each stage happened."""
+    GetRoles: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetRolesRequest, _cluster_pb2.RolesStatus]  # type: ignore[assignment]
+    """How roles are switched: by whom, what is pinned, what the planner would like, and the log."""
+    PinRole: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PinRoleRequest, _cluster_pb2.PinRoleResponse]  # type: ignore[assignment]
+    """Keeps an instance's role from the planner, or gives it back."""
+    PauseRoles: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PauseRolesRequest, _cluster_pb2.PauseRolesResponse]  # type: ignore[assignment]
+    """The planner switches nothing until it is over; operators still can."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -87,5 +99,29 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ExplainResponse, _abc.Awaitable[_cluster_pb2.ExplainResponse]]:
         """Where a request was placed and when each stage happened."""
+
+    @_abc_1.abstractmethod
+    def GetRoles(
+        self,
+        request: _cluster_pb2.GetRolesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RolesStatus, _abc.Awaitable[_cluster_pb2.RolesStatus]]:
+        """How roles are switched: by whom, what is pinned, what the planner would like, and the log."""
+
+    @_abc_1.abstractmethod
+    def PinRole(
+        self,
+        request: _cluster_pb2.PinRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.PinRoleResponse, _abc.Awaitable[_cluster_pb2.PinRoleResponse]]:
+        """Keeps an instance's role from the planner, or gives it back."""
+
+    @_abc_1.abstractmethod
+    def PauseRoles(
+        self,
+        request: _cluster_pb2.PauseRolesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.PauseRolesResponse, _abc.Awaitable[_cluster_pb2.PauseRolesResponse]]:
+        """The planner switches nothing until it is over; operators still can."""
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
