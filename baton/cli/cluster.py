@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ class ClusterRun:
             store_url=config.store,
             config=config.controller,
             model=_served_name(config),
+            run_id=uuid.uuid4().hex,
         )
         self._controller.append(actor)
         return str(self._served(actor, actor.address.remote().future()))

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from baton.cli.admin import instance_table, make_console
 from baton.cli.cluster import Endpoints
-from baton.cli.main import with_clear_errors
+from baton.cli.common import with_clear_errors
 from baton.cli.serve import Stopper, run_cluster
 from baton.cli.settings import load_settings
 from baton.client import BatonClient, generate_request

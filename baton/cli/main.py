@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -14,7 +11,14 @@ import typer
 from rich.console import Console
 
 from baton import __version__
-from baton.core.errors import BatonError, ConfigError
+from baton.cli.common import (
+    ClusterOption,
+    ControllerOption,
+    StoreOption,
+    find,
+    with_clear_errors,
+)
+from baton.cli.roles import app as roles_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,11 +27,7 @@ app = typer.Typer(
     help="Serve large language models with prefill and decode on different instances.",
 )
 
-StoreOption = Annotated[str, typer.Option(help="memory or redis://host:port/db")]
-ClusterOption = Annotated[str, typer.Option(help="name of the cluster")]
-ControllerOption = Annotated[
-    str | None, typer.Option(help="host:port of the controller; default: found in the store")
-]
+app.add_typer(roles_app, name="roles")
 
 
 @app.command()
@@ -198,7 +198,7 @@ def status(
     """Show instances, roles, load and members."""
     from baton.cli import admin
 
-    with_clear_errors(lambda: admin.status(_find(store, cluster, controller), as_json=json_output))
+    with_clear_errors(lambda: admin.status(find(store, cluster, controller), as_json=json_output))
 
 
 @app.command()
@@ -216,7 +216,7 @@ def role(
     from baton.cli import admin
 
     with_clear_errors(
-        lambda: admin.set_role(_find(store, cluster, controller), instance, new_role, force=force)
+        lambda: admin.set_role(find(store, cluster, controller), instance, new_role, force=force)
     )
 
 
@@ -235,7 +235,7 @@ def drain(
 
     with_clear_errors(
         lambda: admin.drain(
-            _find(store, cluster, controller), instance, wait=wait, timeout_s=timeout, undo=undo
+            find(store, cluster, controller), instance, wait=wait, timeout_s=timeout, undo=undo
         )
     )
 
@@ -252,7 +252,7 @@ def kv(
     from baton.cli import kv as kv_command
 
     with_clear_errors(
-        lambda: kv_command.show(_find(store, cluster, controller), as_json=json_output, dump=dump)
+        lambda: kv_command.show(find(store, cluster, controller), as_json=json_output, dump=dump)
     )
 
 
@@ -268,7 +268,7 @@ def explain(
     from baton.cli import admin
 
     with_clear_errors(
-        lambda: admin.explain(_find(store, cluster, controller), request_id, as_json=json_output)
+        lambda: admin.explain(find(store, cluster, controller), request_id, as_json=json_output)
     )
 
 
@@ -284,7 +284,7 @@ def memory(
     from baton.cli import admin
 
     with_clear_errors(
-        lambda: admin.memory(_find(store, cluster, controller), instance, as_json=json_output)
+        lambda: admin.memory(find(store, cluster, controller), instance, as_json=json_output)
     )
 
 
@@ -294,31 +294,8 @@ def version() -> None:
     print(__version__)
 
 
-def with_clear_errors(action: Callable[[], None]) -> None:
-    """Run; on an error that a user can meet print one sentence and exit: 2 for settings, else 1."""
-    try:
-        action()
-    except ConfigError as error:
-        _exit(error.message, 2)
-    except BatonError as error:
-        _exit(error.message, 1)
-
-
-def _exit(message: str, code: int) -> NoReturn:
-    print(f"baton: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
 def _exit_as_shells_say(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
-
-
-def _find(store: str, cluster: str, controller: str | None) -> str:
-    if controller is not None:
-        return controller
-    from controller.discovery import find_controller
-
-    return asyncio.run(find_controller(store, cluster))
 
 
 def main() -> None:
