@@ -30,7 +30,7 @@ from baton.engine.offline import OfflineEngine, OfflineRequest, OfflineResult, f
 from baton.engine.runners import Progress as LoadProgress
 from baton.gateway.journal import Delta
 from baton.gateway.model_info import load_model_info
-from baton.gateway.requests import GatewayRequest, RequestChecker, check_utf8
+from baton.gateway.requests import GatewayRequest, RequestChecker, RequestHead, check_utf8
 from baton.gateway.service import ChoiceText
 from baton.gateway.tokenizer import GatewayTokenizer
 
@@ -176,20 +176,16 @@ async def _single(
     max_tokens: int | None,
     place: int,
 ) -> GatewayRequest:
-    limits = checker.limits
     return await checker.single(
         prompt,
         sampling,
-        request_id=f"prompt-{place}",
+        RequestHead(f"prompt-{place}"),
         max_tokens=max_tokens,
         n=1,
         seed=None,
         stops=(),
         include_stop=False,
         skip_special_tokens=True,
-        priority=0,
-        cache_salt="",
-        timeout_s=limits.default_timeout_s,
     )
 
 

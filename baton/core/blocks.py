@@ -17,6 +17,7 @@ BlockKey = bytes
 """16 bytes."""
 
 _KEY_BYTES = 16
+_TOKEN_BYTES = 4
 
 
 def block_salt(
@@ -31,6 +32,14 @@ def block_salt(
     return hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).digest()
 
 
+def tenant_salt(salt: bytes, *, tenant: str, adapter: str = "") -> bytes:
+    """Root of the keys of one tenant and adapter; ``salt`` itself where both are empty."""
+    if not tenant and not adapter:
+        return salt
+    text = f"{len(tenant)}:{tenant}\x1f{len(adapter)}:{adapter}"
+    return hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES, key=salt[:64]).digest()
+
+
 def extend_block_keys(
     keys: list[BlockKey], token_ids: Sequence[int], *, block_size: int, salt: bytes
 ) -> list[BlockKey]:
@@ -38,10 +47,16 @@ def extend_block_keys(
 
     ``keys`` must be the keys of a prefix of ``token_ids``; it is extended in place and returned.
     """
-    for index in range(len(keys), len(token_ids) // block_size):
-        parent = keys[-1] if keys else salt
-        chunk = np.asarray(token_ids[index * block_size : (index + 1) * block_size], dtype="<i4")
-        keys.append(hashlib.blake2b(chunk.tobytes(), digest_size=_KEY_BYTES, key=parent).digest())
+    first, end = len(keys), len(token_ids) // block_size
+    if first >= end:
+        return keys
+    # One conversion for all: it takes longer than the hashes.
+    data = np.asarray(token_ids[first * block_size : end * block_size], dtype="<i4").tobytes()
+    parent = keys[-1] if keys else salt
+    size = block_size * _TOKEN_BYTES
+    for at in range(0, len(data), size):
+        parent = hashlib.blake2b(data[at : at + size], digest_size=_KEY_BYTES, key=parent).digest()
+        keys.append(parent)
     return keys
 
 

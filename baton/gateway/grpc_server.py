@@ -20,8 +20,14 @@ from baton.core.errors import BatonError, InvalidRequest
 from baton.core.request import TokenLogprobs
 from baton.gateway.errors import as_baton_error
 from baton.gateway.metrics import GatewayMetrics
-from baton.gateway.requests import GatewayRequest, RequestChecker, check_request_id
+from baton.gateway.requests import (
+    GatewayRequest,
+    RequestChecker,
+    RequestHead,
+    check_request_id,
+)
 from baton.gateway.service import SEND_GRACE_S, ChoiceDelta, InferenceService
+from baton.gateway.service_levels import AskedLevel, bearer_key
 from protos.baton.v1 import inference_pb2
 from protos.serving import server_options
 from protos.status import abort_with
@@ -164,14 +170,12 @@ class GrpcDoor:
         if which is None:
             raise InvalidRequest("text or token_ids must be set", param="prompt")
         prompt = message.text if which == "text" else list(message.token_ids.ids)
-        timeout_s = checker.limits.default_timeout_s
         remaining_s = context.time_remaining()
-        if remaining_s is not None:
-            timeout_s = max(remaining_s, 0.001)
+        timeout_s = None if remaining_s is None else max(remaining_s, 0.001)
         return await checker.single(
             prompt,
             _sampling_fields(sampling),
-            request_id=request_id,
+            RequestHead(request_id, timeout_s, _asked(message, context)),
             max_tokens=_positive(sampling, "max_tokens"),
             n=sampling.n if sampling.HasField("n") else 1,
             seed=sampling.seed if sampling.HasField("seed") else None,
@@ -180,9 +184,7 @@ class GrpcDoor:
             skip_special_tokens=(
                 sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else True
             ),
-            priority=message.priority,
             cache_salt=message.cache_salt,
-            timeout_s=timeout_s,
         )
 
     def _response(
@@ -241,6 +243,18 @@ class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]
             watch.cancel()
             ending.cancel()
             await asyncio.gather(watch, ending, return_exceptions=True)
+
+
+def _asked(message: inference_pb2.GenerateRequest, context: Context) -> AskedLevel:
+    authorization = dict(context.invocation_metadata() or ()).get("authorization")
+    return AskedLevel(
+        service_class=message.service_class or None,
+        api_key=bearer_key(authorization if isinstance(authorization, str) else None),
+        ttft_s=message.ttft_s if message.HasField("ttft_s") else None,
+        tpot_s=message.tpot_s if message.HasField("tpot_s") else None,
+        deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
+        priority=message.priority if message.HasField("priority") else None,
+    )
 
 
 def _sampling_fields(sampling: inference_pb2.SamplingParams) -> dict[str, object]:

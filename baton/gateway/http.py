@@ -29,12 +29,12 @@ from baton.gateway.errors import as_baton_error
 from baton.gateway.metrics import GatewayMetrics
 from baton.gateway.openai_format import AnswerFormat, ChatFormat, CompletionFormat, Presentation
 from baton.gateway.openai_types import ChatBody, CompletionBody, parse_body
-from baton.gateway.requests import RequestChecker, check_request_id, is_request_id
+from baton.gateway.requests import RequestChecker, RequestHead, check_request_id, is_request_id
 from baton.gateway.service import InferenceService
+from baton.gateway.service_levels import AskedLevel, with_headers
 from baton.gateway.sse import AnswerResponse, error_response
 
 BODY_TIMEOUT_S = 60.0
-MAX_TIMEOUT_S = 86_400.0
 _DRAIN_BYTES = 16 * 1024 * 1024
 """How much of a body that is too large is still read, so that the client sees the answer."""
 
@@ -114,16 +114,14 @@ class HttpDoor:
     ) -> tuple[AnswerFormat, bool]:
         checker = self._checker()
         body = parse_body(CompletionBody, await _read_json(request, checker))
-        ids = _request_id(request, body), _timeout_s(request, body, checker)
-        checked = await checker.completion(body, request_id=ids[0], timeout_s=ids[1])
+        checked = await checker.completion(body, _head(request, body))
         shown = _presentation(body, checker, echo=bool(body.echo))
         return CompletionFormat(checked, shown, checker.tokenizer), bool(body.stream)
 
     async def _parse_chat(self, request: Request, received_s: float) -> tuple[AnswerFormat, bool]:
         checker = self._checker()
         body = parse_body(ChatBody, await _read_json(request, checker))
-        ids = _request_id(request, body), _timeout_s(request, body, checker)
-        checked = await checker.chat(body, request_id=ids[0], timeout_s=ids[1])
+        checked = await checker.chat(body, _head(request, body))
         shown = _presentation(body, checker, echo=False)
         return ChatFormat(checked, shown, checker.tokenizer), bool(body.stream)
 
@@ -147,7 +145,8 @@ class HttpDoor:
         return error_response(Unavailable(f"not ready: {reason}", retry_after_s=1.0))
 
     async def _render_metrics(self, request: Request) -> Response:
-        return Response(self._metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        text = self._metrics.render(self._clock.now())
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     def _model_card(self) -> dict[str, Any]:
         checker = self._checker()
@@ -197,6 +196,19 @@ def _presentation(
     )
 
 
+def _head(request: Request, body: CompletionBody | ChatBody) -> RequestHead:
+    asked = AskedLevel(
+        service_class=body.service_class,
+        ttft_s=body.ttft_s,
+        tpot_s=body.tpot_s,
+        deadline_s=body.deadline_s,
+        priority=body.priority,
+    )
+    return RequestHead(
+        _request_id(request, body), _timeout_s(request, body), with_headers(asked, request.headers)
+    )
+
+
 def _request_id(request: Request, body: CompletionBody | ChatBody) -> str:
     """The header's, the body's, or the new one; also for the answer's header."""
     header = request.headers.get("x-request-id")
@@ -211,7 +223,7 @@ def _request_id(request: Request, body: CompletionBody | ChatBody) -> str:
     return str(chosen)
 
 
-def _timeout_s(request: Request, body: CompletionBody | ChatBody, checker: RequestChecker) -> float:
+def _timeout_s(request: Request, body: CompletionBody | ChatBody) -> float | None:
     asked = [] if body.timeout is None else [body.timeout]
     header = request.headers.get("x-request-timeout")
     if header is not None:
@@ -223,7 +235,7 @@ def _timeout_s(request: Request, body: CompletionBody | ChatBody, checker: Reque
             raise InvalidRequest(
                 f"must be a positive number of seconds, got {header!r}", param="x-request-timeout"
             )
-    return min([*asked, MAX_TIMEOUT_S]) if asked else checker.limits.default_timeout_s
+    return min(asked, default=None)
 
 
 async def _read_json(request: Request, checker: RequestChecker) -> object:

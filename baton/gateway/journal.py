@@ -18,12 +18,16 @@ from baton.core.request import (
     TokenLogprobs,
     TokenOutput,
 )
+from baton.core.slo import ServiceLevel
 from baton.gateway.request_states import TERMINAL, State, Transition, advance
 
 MAX_EARLY_OUTPUTS = 256
 """Outputs kept while an earlier one is missing."""
 _STALL_FACTOR = 6
 """A stream may stand still for so many gap timeouts on an instance that serves others."""
+RISE_SHARE = 0.5
+"""Offline work yields for this share of the time that is left to its deadline."""
+NO_LEVEL = ServiceLevel()
 
 
 class LossReason(enum.StrEnum):
@@ -88,7 +92,8 @@ class Journal:
         sampling: SamplingParams,
         *,
         choice: int = 0,
-        priority: int = 0,
+        level: ServiceLevel = NO_LEVEL,
+        received_s: float = 0.0,
         tenant: str = "",
         gateway_id: str = "",
         gap_timeout_s: float = 20.0,
@@ -97,7 +102,9 @@ class Journal:
         self.prompt_ids = prompt_ids
         self.sampling = sampling
         self.choice = choice
-        self.priority = priority
+        self.level = level
+        self.received_s = received_s
+        """When the request arrived: its deadline counts from here."""
         self.tenant = tenant
         self.gateway_id = gateway_id
         self.state = State.RECEIVED
@@ -133,6 +140,10 @@ class Journal:
         self._progress_s = now
         self._prefill_lost_s = None
 
+    def bound(self, now: float) -> None:
+        """Only now does somebody decode the current attempt: its silence counts from here."""
+        self._progress_s = now
+
     def lose(self) -> None:
         """The current attempt is lost: the next one begins, unplaced. Its outputs are fenced."""
         self.step(Transition.LOSE)
@@ -145,8 +156,14 @@ class Journal:
         self._early.clear()
         self._hole_since_s = None
 
-    def submission(self, budget_s: float | None) -> Submission:
+    def deadline_left_s(self, now: float) -> float | None:
+        """Time left to finish offline work; ``None`` without a deadline."""
+        deadline_s = self.level.deadline_s
+        return None if deadline_s is None else max(0.0, self.received_s + deadline_s - now)
+
+    def submission(self, budget_s: float | None, now: float) -> Submission:
         """What instances must know to go on from here."""
+        left_s = self.deadline_left_s(now)
         sampling = self.sampling
         if self._has_prompt_logprobs and sampling.prompt_logprobs is not None:
             # The client has them: a replay may use the prefix cache.
@@ -158,10 +175,13 @@ class Journal:
             sampling=sampling,
             output_ids=tuple(self.token_ids),
             choice=self.choice,
-            priority=self.priority,
+            priority=self.level.priority,
             tenant=self.tenant,
             budget_s=budget_s,
             gateway_id=self.gateway_id,
+            service_class=self.level.service_class,
+            slo=self.level.slo,
+            rise_after_s=None if left_s is None else left_s * RISE_SHARE,
         )
 
     def accept(

@@ -76,10 +76,15 @@ class _Common(_Strict):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
+    # Baton's own.
+    service_class: Annotated[str, Field(min_length=1)] | None = None
+    ttft_s: Annotated[float, Field(gt=0)] | None = None
+    tpot_s: Annotated[float, Field(gt=0)] | None = None
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class CompletionBody(_Common):

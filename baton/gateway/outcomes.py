@@ -7,6 +7,7 @@ import collections
 from baton.core.errors import BatonError, Code
 from baton.core.request import FinishReason
 from baton.core.slo import Timing
+from baton.gateway.attainment import Verdict, judge
 from baton.gateway.journal import Journal, StageMark
 from baton.gateway.metrics import GatewayMetrics
 from baton.gateway.requests import GatewayRequest
@@ -54,8 +55,9 @@ class RequestRecord:
         self.request = request
         self.outcome: str | None = None
         self._error = ""
-        self._received_s = received_s
+        self.received_s = received_s
         self._received_wall_s = received_wall_s
+        self._verdict: Verdict | None = None
         self._choices: list[ChoiceRecord] = []
         self._itl_s: list[float] = []
 
@@ -85,16 +87,16 @@ class RequestRecord:
             self._error = "the client went away"
         for choice in self._choices:
             if choice.last_token_s is not None:
-                wall_s = self._received_wall_s + choice.last_token_s - self._received_s
+                wall_s = self._received_wall_s + choice.last_token_s - self.received_s
                 choice.journal.mark("last_token", "gateway", wall_s)
             state = str(choice.journal.state if choice.finish_reason is None else "finished")
-            wall_s = self._received_wall_s + now - self._received_s
+            wall_s = self._received_wall_s + now - self.received_s
             choice.journal.mark(state, "gateway", wall_s)
         self._count(now, metrics)
 
     def to_outcome(self) -> controller_pb2.Outcome:
         """For ``baton explain``."""
-        timings = [timing for choice in self._choices if (timing := self._timing(choice))]
+        timings = self._timings
         return controller_pb2.Outcome(
             request_id=self.request.request_id,
             outcome="abort" if self.outcome == Code.ABORTED else self.outcome or "",
@@ -103,6 +105,8 @@ class RequestRecord:
             completion_tokens=self._completion_tokens,
             cached_tokens=self._cached_tokens,
             cached_by_tier=self._cached_by_tier,
+            service_class=self.request.level.service_class,
+            met=None if self._verdict is None else self._verdict.met,
             ttft_s=min((timing.ttft_s for timing in timings), default=0.0),
             tpot_s=max((timing.tpot_s or 0.0 for timing in timings), default=0.0),
             attempts=[
@@ -136,8 +140,11 @@ class RequestRecord:
             found.update(dict(choice.journal.cached_by_tier))
         return dict(found)
 
-    def _timing(self, choice: ChoiceRecord) -> Timing | None:
-        return choice.timing(self._received_s)
+    @property
+    def _timings(self) -> list[Timing]:
+        """Of the choices that have a token."""
+        found = [choice.timing(self.received_s) for choice in self._choices]
+        return [timing for timing in found if timing is not None]
 
     def _count_abort(self, metrics: GatewayMetrics) -> None:
         if self.outcome in (FinishReason.STOP, FinishReason.LENGTH):
@@ -153,8 +160,8 @@ class RequestRecord:
         metrics.prompt_tokens.inc(self._prompt_tokens)
         metrics.generation_tokens.inc(self._completion_tokens)
         metrics.cached_tokens.inc(self._cached_tokens)
-        metrics.e2e.observe(now - self._received_s)
-        timings = [timing for choice in self._choices if (timing := self._timing(choice))]
+        metrics.e2e.observe(now - self.received_s)
+        timings = self._timings
         if timings:
             metrics.ttft.observe(min(timing.ttft_s for timing in timings))
         for timing in timings:
@@ -162,6 +169,10 @@ class RequestRecord:
                 metrics.tpot.observe(timing.tpot_s)
         for gap_s in self._itl_s:
             metrics.itl.observe(gap_s)
+        request, e2e_s = self.request, now - self.received_s
+        assert self.outcome is not None
+        self._verdict = judge(self.outcome, request.level, timings, request.num_choices, e2e_s)
+        metrics.service.ended(request.level.service_class, self._verdict, timings, now)
 
 
 def _stage(mark: StageMark) -> cluster_pb2.StageTime:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from baton.core.config import GatewayConfig
 from baton.core.errors import Code, InvalidRequest, NotFound
+from baton.core.policy_config import ServiceConfig
 from baton.core.request import SamplingParams
+from baton.core.slo import ServiceLevel
 from baton.gateway.model_info import ModelInfo
 from baton.gateway.openai_types import MAX_STOPS, ChatBody, CompletionBody, Message
+from baton.gateway.service_levels import AskedLevel, resolve_level, tenant_of
 from baton.gateway.tokenizer import GatewayTokenizer
 
+MAX_TIMEOUT_S = 86_400.0
 MAX_SALT = 256
 MAX_CHOICES = 256
 """Choices of one request over all its prompts."""
@@ -31,6 +35,26 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RequestHead:
+    """What a door knows of a request beside its body."""
+
+    request_id: str
+    timeout_s: float | None = None
+    """``None``: the client named none."""
+    asked: AskedLevel = dataclasses.field(default_factory=AskedLevel)
+
+
+class _Terms(NamedTuple):
+    """How a request is served; fields of :class:`GatewayRequest`."""
+
+    request_id: str
+    timeout_s: float
+    level: ServiceLevel
+    cache_salt: str
+    tenant: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GatewayRequest:
     """A checked request. Choice i belongs to prompt ``i // n``."""
 
@@ -45,9 +69,11 @@ class GatewayRequest:
     stops: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
-    priority: int
+    level: ServiceLevel
     cache_salt: str
     """KV is shared only between requests with the same one; empty: with all that have none."""
+    tenant: str
+    """Who competes with others for the cluster; empty for nobody."""
     timeout_s: float
 
     @property
@@ -65,6 +91,7 @@ class RequestChecker:
     tokenizer: GatewayTokenizer | None
     limits: GatewayConfig
     max_model_len: int
+    service: ServiceConfig = dataclasses.field(default_factory=ServiceConfig)
 
     def check_model(self, name: str) -> None:
         """Raises NotFound for any name but the served one."""
@@ -74,12 +101,11 @@ class RequestChecker:
                 param="model",
             )
 
-    async def completion(
-        self, body: CompletionBody, *, request_id: str, timeout_s: float
-    ) -> GatewayRequest:
+    async def completion(self, body: CompletionBody, head: RequestHead) -> GatewayRequest:
         """Raises BatonError for what cannot be served."""
         self.check_model(body.model)
         # Cheap checks before any text is tokenized.
+        terms = self._terms(head, body.cache_salt or "")
         self._check_count(body.n or 1, param="n")
         prompts = [
             await self._prompt(prompt, max_tokens=body.max_tokens, param="prompt")
@@ -89,16 +115,16 @@ class RequestChecker:
         return self._request(
             body,
             prompts,
+            terms,
             endpoint="completions",
-            request_id=request_id,
-            timeout_s=timeout_s,
             logprobs=top,
             prompt_logprobs=top if body.echo else None,
         )
 
-    async def chat(self, body: ChatBody, *, request_id: str, timeout_s: float) -> GatewayRequest:
+    async def chat(self, body: ChatBody, head: RequestHead) -> GatewayRequest:
         """Raises BatonError for what cannot be served."""
         self.check_model(body.model)
+        terms = self._terms(head, body.cache_salt or "")
         self._check_count(body.n or 1, param="n")
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("needs logprobs: true", param="top_logprobs")
@@ -117,9 +143,8 @@ class RequestChecker:
         return self._request(
             body,
             [prompt],
+            terms,
             endpoint="chat",
-            request_id=request_id,
-            timeout_s=timeout_s,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=None,
         )
@@ -128,25 +153,24 @@ class RequestChecker:
         self,
         prompt: str | list[int],
         sampling: Mapping[str, object],
+        head: RequestHead,
         *,
-        request_id: str,
         max_tokens: int | None,
         n: int,
         seed: int | None,
         stops: Sequence[str],
         include_stop: bool,
         skip_special_tokens: bool,
-        priority: int,
-        cache_salt: str,
-        timeout_s: float,
+        cache_salt: str = "",
     ) -> GatewayRequest:
         """The gRPC door: one prompt; ``sampling`` holds fields of SamplingParams."""
+        terms = self._terms(head, cache_salt)
         self._check_count(n, param="n")
         if len(stops) > MAX_STOPS:
             raise InvalidRequest(f"at most {MAX_STOPS} stop strings", param="stop")
         checked = await self._prompt(prompt, max_tokens=max_tokens, param="prompt")
         return GatewayRequest(
-            request_id=request_id,
+            **terms._asdict(),
             endpoint="grpc",
             prompts=(checked,),
             n=n,
@@ -155,19 +179,30 @@ class RequestChecker:
             stops=self._stops(stops),
             include_stop=include_stop,
             skip_special_tokens=skip_special_tokens,
-            priority=priority,
-            cache_salt=_check_salt(cache_salt),
-            timeout_s=timeout_s,
+        )
+
+    def _terms(self, head: RequestHead, cache_salt: str) -> _Terms:
+        salt = _check_salt(cache_salt)
+        level = resolve_level(self.service, head.asked)
+        timeout_s = head.timeout_s
+        if timeout_s is None:
+            # Work that may take until its deadline is not ended before it.
+            timeout_s = self.limits.default_timeout_s + (level.deadline_s or 0.0)
+        return _Terms(
+            head.request_id,
+            min(timeout_s, MAX_TIMEOUT_S),
+            level,
+            salt,
+            tenant_of(head.asked.api_key, salt),
         )
 
     def _request(
         self,
         body: CompletionBody | ChatBody,
         prompts: Sequence[Prompt],
+        terms: _Terms,
         *,
         endpoint: str,
-        request_id: str,
-        timeout_s: float,
         logprobs: int | None,
         prompt_logprobs: int | None,
     ) -> GatewayRequest:
@@ -194,7 +229,7 @@ class RequestChecker:
             "prompt_logprobs": prompt_logprobs,
         }
         return GatewayRequest(
-            request_id=request_id,
+            **terms._asdict(),
             endpoint=endpoint,
             prompts=tuple(prompts),
             n=n,
@@ -203,9 +238,6 @@ class RequestChecker:
             stops=self._stops(stops),
             include_stop=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
-            priority=body.priority,
-            cache_salt=_check_salt(body.cache_salt or ""),
-            timeout_s=timeout_s,
         )
 
     def _sampling(self, values: Mapping[str, object]) -> SamplingParams:

@@ -8,6 +8,7 @@ import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 
+from baton.core.blocks import BlockKey
 from baton.core.errors import (
     Aborted,
     BatonError,
@@ -20,6 +21,7 @@ from baton.gateway.errors import as_baton_error
 from baton.gateway.journal import Delta, Journal
 from baton.gateway.metrics import GatewayMetrics
 from baton.gateway.outcomes import ChoiceRecord, RequestRecord
+from baton.gateway.prompt_keys import PromptKeys
 from baton.gateway.requests import GatewayRequest
 from baton.gateway.stops import StopMatcher
 from baton.gateway.submission import SubmissionRun, Surroundings
@@ -61,9 +63,20 @@ class Usage:
 class _Open:
     """A request being served: its tasks put deltas, ends and errors into one queue."""
 
-    def __init__(self, request: GatewayRequest) -> None:
+    def __init__(self, request: GatewayRequest, keys: PromptKeys) -> None:
         self.request = request
         self.queue: asyncio.Queue[ChoiceDelta | BatonError] = asyncio.Queue()
+        self._keys = keys
+        self._keys_of: dict[int, tuple[BlockKey, ...]] = {}
+
+    def block_keys(self, number: int) -> tuple[BlockKey, ...]:
+        """Of a prompt's blocks; made once for all its choices."""
+        if self.request.sampling.prompt_logprobs is not None:
+            return ()  # computes all of its prompt
+        if number not in self._keys_of:
+            prompt = self.request.prompts[number].token_ids
+            self._keys_of[number] = self._keys.of(prompt, self.request.cache_salt)
+        return self._keys_of[number]
 
     def fail(self, error: BatonError) -> None:
         """End the request with an error."""
@@ -82,8 +95,10 @@ class InferenceService:
         tokenizer: GatewayTokenizer | None,
         eos_token_ids: tuple[int, ...],
         metrics: GatewayMetrics,
+        keys: PromptKeys,
     ) -> None:
         self._around = surroundings
+        self._keys = keys
         self._gateway_id = gateway_id
         self._model = model
         self._tokenizer = tokenizer
@@ -123,7 +138,7 @@ class InferenceService:
             raise Unavailable("the gateway is stopping", retry_after_s=1.0)
         self.check_free(request.request_id, param="request_id")
         clock = self._around.clock
-        opened = self._open[request.request_id] = _Open(request)
+        opened = self._open[request.request_id] = _Open(request, self._keys)
         record = RequestRecord(request, received_s, clock.wall() - (clock.now() - received_s))
         self._metrics.open.inc()
         deadline_s = received_s + request.timeout_s
@@ -186,7 +201,8 @@ class InferenceService:
             prompt.token_ids,
             sampling,
             choice=choice % request.n,
-            priority=request.priority,
+            level=request.level,
+            received_s=record.received_s,
             tenant=request.cache_salt,
             gateway_id=self._gateway_id,
             gap_timeout_s=self._around.limits.gap_timeout_s,
@@ -199,6 +215,8 @@ class InferenceService:
             choice=choice,
             deadline_s=deadline_s,
             model=self._model,
+            tenant=request.tenant,
+            block_keys=opened.block_keys(choice // request.n),
         )
         text = ChoiceText(request, self._tokenizer)
         try:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
+from baton.core.blocks import BlockKey
 from baton.core.clock import Clock
 from baton.core.cluster import Placement, Target
 from baton.core.config import GatewayConfig
@@ -66,13 +67,18 @@ class SubmissionRun:
         choice: int,
         deadline_s: float,
         model: str,
+        tenant: str = "",
+        block_keys: Sequence[BlockKey] = (),
     ) -> None:
+        """``tenant``: who it competes for. ``block_keys``: of the prompt, as far as known."""
         self._journal = journal
         self._around = surroundings
         self._parent_request_id = parent_request_id
         self._choice = choice
         self._deadline_s = deadline_s
         self._model = model
+        self._tenant = tenant
+        self._block_keys = block_keys
         self._inbox = Inbox()
         self._excluded: dict[str, None] = {}
         self._num_replays = 0
@@ -124,11 +130,18 @@ class SubmissionRun:
             attempt=journal.attempt,
             num_prompt_tokens=len(journal.prompt_ids) + len(journal.token_ids),
             max_new_tokens=journal.sampling.max_tokens - len(journal.token_ids),
-            priority=journal.priority,
+            priority=journal.level.priority,
             exclude=list(self._excluded),
             model=self._model,
             choice=self._choice,
             parent_request_id=self._parent_request_id,
+            service_class=journal.level.service_class,
+            ttft_s=journal.level.slo.ttft_s,
+            tpot_s=journal.level.slo.tpot_s,
+            deadline_s=journal.deadline_left_s(now),
+            tenant=self._tenant,
+            waited_s=max(0.0, now - journal.received_s),
+            block_keys=self._block_keys,
         )
         timeout_s = min(timeout_s, max(0.0, self._deadline_s - now))
         placement = await self._around.cluster.place(request, timeout_s=timeout_s)
@@ -204,8 +217,9 @@ class SubmissionRun:
         # What an older attempt still has to say goes nowhere.
         self._inbox = Inbox()
         self._parts = self._divide(placement)
-        budget_s = max(0.0, self._deadline_s - clock.now())
-        record = submission_to_record(journal.submission(budget_s))
+        now = clock.now()
+        budget_s = max(0.0, self._deadline_s - now)
+        record = submission_to_record(journal.submission(budget_s, now))
         for target in self._parts:
             links.get(target).attach(journal.request_id, self._inbox)
         results = await asyncio.gather(

@@ -124,7 +124,7 @@ class TwoInstances(RuleBasedStateMachine):
             self.seen.append(end)
         else:
             self.journal.place(self.now)
-            submission = self.journal.submission(None)
+            submission = self.journal.submission(None, 0.0)
             assert list(submission.output_ids) == self.journal.token_ids
             assert submission.attempt == self.journal.attempt
             self._instances_begin()
@@ -266,5 +266,5 @@ def test_prompt_logprobs_come_once_and_are_not_asked_for_again() -> None:
     (delta,), _ = journal.accept(repeated, "d", 1.0)
     assert (delta.prompt_logprobs, delta.token_ids, delta.logprobs) == ((), (102,), (row,))
     journal.lose()
-    assert journal.submission(None).sampling.prompt_logprobs is None
-    assert journal.submission(None).sampling.logprobs == 1
+    assert journal.submission(None, 0.0).sampling.prompt_logprobs is None
+    assert journal.submission(None, 0.0).sampling.logprobs == 1
