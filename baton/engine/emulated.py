@@ -38,9 +38,10 @@ from baton.engine.plan import (
 )
 from baton.engine.profile_file import load_profile
 
-_BACK_TO_BACK_S = 0.002
-"""A step that begins so soon after the last one was waiting behind it: what is between them is
-this host's delay, which a device with a queue of its own would not have had."""
+_MIN_SLACK_S = 0.002
+_SLACK = 0.25
+"""Of the last step's time. A step that begins so soon after its end waited behind it: what is
+between them is this host's delay, which a device with a queue of its own would not have had."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,7 +131,8 @@ class EmulatedRunner:
         self._avoid = sorted(set(avoid))
         self._cost = cost
         self._dilation = dilation
-        self._back_to_back_s = _BACK_TO_BACK_S if queued else 0.0
+        self._queued = queued
+        self._slack_s = 0.0
         self._clock = clock or SystemClock()
         self._closed = threading.Event()
         self._slots: dict[int, _Slot] = {}
@@ -140,22 +142,27 @@ class EmulatedRunner:
         self.host_s = 0.0
         """Spent on the work itself: as long as it is shorter than the steps, it costs no time."""
         self.late_s = 0.0
-        """How much later than the profile says steps ended, in all."""
+        """How much longer than the profile says steps were, so late that the next could not make up
+        for it."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Fill in the fingerprints, and draw tokens from them; returns when the time is over."""
         entered = self._clock.now()
         since_last = entered - self._free_at
-        begun = self._free_at if 0 <= since_last < self._back_to_back_s else entered
+        begun = self._free_at if 0 <= since_last < self._slack_s else entered
         rows = self._compute(plan)
-        ends = begun + self._dilation * self._cost.step_s(shape_of(plan))
+        step_s = self._dilation * self._cost.step_s(shape_of(plan))
+        ends = begun + step_s
+        self._slack_s = max(_MIN_SLACK_S, _SLACK * step_s) if self._queued else 0.0
         now = self._clock.now()
         self.host_s += now - entered
         if ends > now:
             self._closed.wait(ends - now)
         late = max(0.0, self._clock.now() - ends)
+        if late < self._slack_s:
+            late = 0.0
         self.late_s += late
-        self._free_at = ends if late < self._back_to_back_s else ends + late
+        self._free_at = ends + late
         return StepResult(plan.step, rows, self._free_at - begun)
 
     def memory(self) -> list[MemoryMap]:

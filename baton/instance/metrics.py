@@ -125,7 +125,7 @@ class InstanceCollector(Collector):
         if isinstance(runner, EmulatedRunner):
             for name, text, value in (
                 ("baton_emulated_host_seconds", "Work within emulated steps.", runner.host_s),
-                ("baton_emulated_late_seconds", "Emulated steps that ended late.", runner.late_s),
+                ("baton_emulated_late_seconds", "Emulated steps longer than asked.", runner.late_s),
                 ("baton_emulated_faults", "Sequences whose blocks were wrong.", runner.num_faults),
             ):
                 yield CounterMetricFamily(name, text, value=float(value))
