@@ -9,9 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 from baton.core.blocks import BlockKey
 from baton.core.errors import InvalidRequest, Stage
+from controller.events import PrefixMatch
 from kvpool.index import KVIndex
 from kvpool.tiers import KVEvent, KVEventBatch, KVEventKind, KVSnapshot, Tier
 from protos.baton.internal.v1 import controller_pb2
+
+MAX_MATCHES = 256
+"""Holders of one prompt's beginning that placement is told of, longest first."""
+
+PrefixLookup = Callable[[Sequence[BlockKey]], tuple[PrefixMatch, ...]]
+"""Who has how much of a prompt whose blocks have these keys."""
 
 
 class BlockDirectory:
@@ -47,6 +54,23 @@ class BlockDirectory:
                 for match in self.index.lookup(keys)
             ],
         )
+
+    def prefix_lookup(self, block_size: int) -> PrefixLookup:
+        """For one batch of placements: choices of one request are looked up once."""
+        found: dict[BlockKey, tuple[PrefixMatch, ...]] = {}
+
+        def lookup(keys: Sequence[BlockKey]) -> tuple[PrefixMatch, ...]:
+            if not keys:
+                return ()
+            last = keys[-1]  # names all that comes before it
+            if last not in found:
+                found[last] = tuple(
+                    PrefixMatch(match.holder, match.tier, match.num_blocks * block_size)
+                    for match in self.index.lookup(keys).best(MAX_MATCHES)
+                )
+            return found[last]
+
+        return lookup
 
     def keep_only(self, holders: Iterable[str]) -> None:
         """Forget all other holders: they are gone."""

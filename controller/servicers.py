@@ -134,7 +134,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServicer):
     async def Place(  # noqa: D102
         self, request: controller_pb2.PlaceBatch, context: Context
     ) -> AsyncIterator[controller_pb2.PlaceBatchReply]:
-        batch = self._shell.place(lambda call_id: wire.place_requests(call_id, request))
+        prefixes = self._shell.prefix_lookup()
+        batch = self._shell.place(lambda call_id: wire.place_requests(call_id, request, prefixes))
         try:
             async with contextlib.aclosing(batch):
                 async for placed in batch:

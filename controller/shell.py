@@ -14,7 +14,7 @@ from typing import Any
 from baton.core.clock import Clock
 from baton.core.errors import BatonError, Code, Stage, Unavailable
 from controller import events, role_events, wire
-from controller.block_directory import BlockDirectory
+from controller.block_directory import BlockDirectory, PrefixLookup
 from controller.core import ControllerCore
 from controller.events import Command, Event
 from controller.membership import InstanceState
@@ -174,6 +174,13 @@ class ControllerShell:
         reply = self.blocks.report(report)
         self._metrics.observe_blocks(self.blocks.index.num_blocks, self.blocks.index.num_holders)
         return reply
+
+    def prefix_lookup(self) -> PrefixLookup:
+        """Who has the beginnings of prompts; for one batch, while nothing else is done."""
+        records = self.core.state.instances.values()
+        # All have the same: one model, one setting.
+        block_size = next((record.info.block_size for record in records), 0)
+        return self.blocks.prefix_lookup(block_size)
 
     @property
     def num_pool_nodes(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from baton.core.cluster import Placement
 from controller import events
+from controller.block_directory import PrefixLookup
 from controller.state import ClusterState, InstanceRecord
 from controller.traces import RequestTrace
 from protos.baton.internal.v1 import controller_pb2
@@ -68,8 +69,11 @@ def member_seen(session_id: int, message: controller_pb2.MemberHeartbeat) -> eve
     return events.MemberSeen(session_id, member, message.known_epoch)
 
 
-def place_requests(call_id: int, batch: controller_pb2.PlaceBatch) -> events.PlaceRequests:
-    """From the wire."""
+def place_requests(
+    call_id: int, batch: controller_pb2.PlaceBatch, prefixes: PrefixLookup
+) -> events.PlaceRequests:
+    """From the wire. What the index says now becomes part of the event, so that a log of events
+    decides the same again."""
     queries = tuple(
         events.PlaceQuery(
             request_id=request.request_id,
@@ -86,6 +90,8 @@ def place_requests(call_id: int, batch: controller_pb2.PlaceBatch) -> events.Pla
             deadline_s=request.deadline_s if request.HasField("deadline_s") else None,
             tenant=request.tenant,
             waited_s=request.waited_s,
+            # Where to decode does not depend on it.
+            prefix=() if request.HasField("bind_to") else prefixes(request.block_keys),
             bind_to=request.bind_to if request.HasField("bind_to") else None,
         )
         for request in batch.requests

@@ -8,6 +8,8 @@ import pytest
 
 from baton.core.errors import InvalidRequest
 from controller.block_directory import BlockDirectory
+from controller.events import PrefixMatch
+from controller.wire import place_requests
 from protos.baton.internal.v1 import controller_pb2 as pb
 from tests.kvpool.tier_kit import chain, keys_of
 
@@ -122,3 +124,27 @@ def test_words_that_are_none_of_ours(report: pb.BlockReport) -> None:
     with pytest.raises(InvalidRequest):
         directory.report(report)
     assert found(directory) == []
+
+
+def test_placements_are_told_who_has_the_beginning_of_the_prompt() -> None:
+    directory = BlockDirectory()
+    snapshot(directory, "decode-0", KEYS[:3], tier="device")
+    snapshot(directory, "pool-a", KEYS[:2])
+    other = keys_of(chain("b", 2))
+    requests = [
+        pb.PlaceRequest(request_id="r-0", block_keys=KEYS, num_prompt_tokens=70),
+        pb.PlaceRequest(request_id="r-1", block_keys=KEYS, num_prompt_tokens=70),
+        pb.PlaceRequest(request_id="shorter", block_keys=KEYS[:1]),
+        pb.PlaceRequest(request_id="other", block_keys=other),
+        pb.PlaceRequest(request_id="without"),
+        pb.PlaceRequest(request_id="r-0", block_keys=KEYS, bind_to="prefill-0"),
+    ]
+    before = directory.index.num_lookups
+    event = place_requests(1, pb.PlaceBatch(requests=requests), directory.prefix_lookup(16))
+    assert directory.index.num_lookups == before + 3, "two choices have one prompt"
+    whole = (PrefixMatch("decode-0", "device", 48), PrefixMatch("pool-a", "host", 32))
+    short = {PrefixMatch("decode-0", "device", 16), PrefixMatch("pool-a", "host", 16)}
+    found = [query.prefix for query in event.queries]
+    assert found[:2] == [whole, whole]
+    assert set(found[2]) == short
+    assert found[3:] == [(), (), ()]
