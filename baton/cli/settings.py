@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,17 @@ def _nested(owner: Any) -> list[Any]:
     found: list[Any] = []
     for field in dataclasses.fields(owner):
         factory: Any = field.default_factory
-        if dataclasses.is_dataclass(factory):
-            found += [factory, *_nested(factory)]
+        part = factory if dataclasses.is_dataclass(factory) else _of_map(owner, field.name)
+        if part is not None:
+            found += [part, *_nested(part)]
     return found
+
+
+def _of_map(owner: Any, name: str) -> Any:
+    """The group that each value of a map of groups is; ``None`` if the field is no such map."""
+    hint = typing.get_type_hints(owner)[name]
+    values = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else ()
+    return next((value for value in values if dataclasses.is_dataclass(value)), None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -106,11 +115,19 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 def _names(name: str) -> list[str]:
     """The settings that exist in the group in which ``name`` does not."""
     owner: Any = ServeConfig
-    for group in name.split(".")[:-1]:
+    groups = name.split(".")[:-1]
+    while groups:
+        group = groups.pop(0)
         for field in dataclasses.fields(owner):
             factory: Any = field.default_factory
-            if field.name == group and dataclasses.is_dataclass(factory):
+            if field.name != group:
+                continue
+            if dataclasses.is_dataclass(factory):
                 owner = factory
+            elif (part := _of_map(owner, group)) is not None:
+                owner = part
+                del groups[:1]  # the key in the map
+            break
     return [field.name for field in dataclasses.fields(owner)]
 
 

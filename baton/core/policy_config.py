@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 RoleMode = Literal["auto", "advise", "off"]
@@ -48,6 +49,13 @@ class ServiceConfig:
     """API key to class. A request that names a class itself wins. Not authentication."""
 
     def __post_init__(self) -> None:
+        for name in self.classes:
+            # It stands in headers and is a label of metrics, where "none" is no class.
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name) or name == "none":
+                raise ValueError(
+                    "classes: a name must be 1 to 63 letters, digits, '_', '.' or '-', begin with "
+                    f"a letter or digit, and not be 'none', got {name!r}"
+                )
         named = {"default": self.default, **{f"api_keys.{k}": v for k, v in self.api_keys.items()}}
         for name, value in named.items():
             if value is not None and value not in self.classes:

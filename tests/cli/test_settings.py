@@ -9,6 +9,7 @@ import pytest
 
 from baton.cli.settings import load_settings, parse_settings
 from baton.core.errors import ConfigError
+from baton.core.policy_config import ServiceClassConfig
 
 GOOD: dict[str, Any] = {
     "model": "deploy/demo-model",
@@ -27,6 +28,15 @@ def test_good_settings() -> None:
     assert config.engine.block_size == 32
     assert config.engine.num_blocks == 2048
     assert config.resources == {"prefill": {"node_a": 0.01}}
+
+
+def test_service_classes() -> None:
+    classes = {"chat": {"ttft_s": 1.0, "tpot_s": 0.05, "priority": 2}, "night": {"priority": -1}}
+    given = {"classes": classes, "default": "chat", "api_keys": {"k": "night"}}
+    service = parse_settings({"model": "m", "service": given}, source="test").service
+    assert service.classes["chat"] == ServiceClassConfig(ttft_s=1.0, tpot_s=0.05, priority=2)
+    assert service.classes["night"] == ServiceClassConfig(priority=-1)
+    assert (service.default, service.api_keys) == ("chat", {"k": "night"})
 
 
 def test_engines_by_role() -> None:
@@ -102,6 +112,21 @@ BAD = [
     ({"cluster": ""}, ["cluster", "''"]),
     ({"served_model_name": ""}, ["served_model_name", "empty"]),
     ({"host": ""}, ["host", "empty"]),
+    (
+        {"service": {"classes": {"chat": {"ttft": 1.0}}}},
+        ["unknown setting service.classes.chat.ttft", "1.0", "one of ttft_s, tpot_s"],
+    ),
+    ({"service": {"classes": {"chat": {"ttft_s": "1"}}}}, ["service.classes.chat.ttft_s", "'1'"]),
+    ({"service": {"classes": {"chat": {"tpot_s": 0}}}}, ["service.classes.chat", "tpot_s", "0"]),
+    ({"service": {"classes": {"chat": 5}}}, ["service.classes.chat", "5"]),
+    ({"service": {"classes": {"a b": {}}}}, ["service", "classes", "'a b'"]),
+    ({"service": {"classes": {"none": {}}}}, ["service", "classes", "'none'"]),
+    ({"service": {"class": {}}}, ["service.class", "one of classes, default, api_keys"]),
+    (
+        {"service": {"classes": {"chat": {}}, "default": "talk"}},
+        ["service", "default", "'talk'", "chat"],
+    ),
+    ({"service": {"api_keys": {"k": "chat"}}}, ["service", "api_keys.k", "'chat'", "none"]),
 ]
 
 
