@@ -54,6 +54,7 @@ _LARGEST_SIZE = 3.0
 _CHANGE = 12.0
 """Deviations in one direction, each less the expected size, that add up to a change. A stray counts
 for ``_LARGEST_SIZE`` at most, so that one in twenty does not."""
+_NUM_LAST = 5
 _AFTER_CHANGE = 5.0
 """Observations that the past counts as after a change."""
 _NUM_LEARNT = 8
@@ -61,6 +62,7 @@ _NUM_LEARNT = 8
 _ERROR_WEIGHT = 0.05
 _LARGEST_ERROR = 10.0
 _LEAST_DETERMINANT = 1e-12
+_SHORTEST_S, _LONGEST_S = 1e-9, 1e6
 
 
 class OnlineCosts:
@@ -125,9 +127,9 @@ class OnlineCosts:
 
     def observe(self, features: Features, seconds: float, *, beside_s: float = 0.0) -> None:
         """Take in a measurement. ``beside_s``: time of something else that was measured with it,
-        and taken off; the error is relative to both. Nonsense (not positive) is left out."""
+        and taken off; the error is relative to both. Nonsense is left out."""
         total_s = seconds + beside_s
-        if not (total_s > 0.0 and math.isfinite(total_s) and any(features)):
+        if not (_SHORTEST_S < total_s < _LONGEST_S and any(features)):
             return
         if self._start is None and not self.num_samples:
             self._anchor = self._values = _even_split(features, max(seconds, 0.1 * total_s))
@@ -183,8 +185,9 @@ class OnlineCosts:
         return max(self._off_up, self._off_down) >= _CHANGE
 
     def _changed(self) -> None:
-        """All became slower, or faster, as the last ones say; strays do not change the median."""
-        ratio = statistics.median(self._ratios)
+        """All became slower, or faster, as the last ones say. The first ones may be from before;
+        strays do not move the median."""
+        ratio = statistics.median(self._ratios[-_NUM_LAST:])
         self._anchor = _three(ratio * value for value in self._anchor)
         self._matrix = _six(value / ratio**2 for value in self._matrix)
         self._vector = _three(value / ratio for value in self._vector)
