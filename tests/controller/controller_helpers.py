@@ -57,9 +57,10 @@ class Bench:
         config: ControllerConfig | None = None,
         epoch: int = 1,
         stored: dict[str, str] | None = None,
+        **core: Any,
     ) -> None:
         self.clock = VirtualClock(100.0)
-        self.core = ControllerCore(config or ControllerConfig(), epoch=epoch, stored=stored)
+        self.core = ControllerCore(config or ControllerConfig(), epoch=epoch, stored=stored, **core)
         self.ids = 0
         self.sessions: dict[str, int] = {}
         self.incarnations: dict[str, int] = {}
