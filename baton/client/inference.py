@@ -7,7 +7,7 @@ from types import TracebackType
 
 import grpc
 
-from baton.client.messages import GenerateChunk, chunk_from_response
+from baton.client.messages import GenerateChunk, call_metadata, chunk_from_response
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from protos.serving import channel_options
 from protos.status import error_from_rpc
@@ -21,8 +21,9 @@ class BatonClient:
     Every method raises the BatonError that the gateway answered.
     """
 
-    def __init__(self, address: str) -> None:
-        """``address`` is host:port."""
+    def __init__(self, address: str, *, api_key: str | None = None) -> None:
+        """``address`` is host:port. ``api_key``: chooses a service class; no authentication."""
+        self._metadata = call_metadata(api_key)
         self._channel = grpc.insecure_channel(address, options=channel_options())
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
@@ -45,7 +46,7 @@ class BatonClient:
         self, request: inference_pb2.GenerateRequest, *, timeout_s: float | None = None
     ) -> Iterator[GenerateChunk]:
         """Chunks as they are made; closing the iterator early cancels the request."""
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             for response in call:
                 yield chunk_from_response(response)

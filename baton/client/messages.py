@@ -30,6 +30,11 @@ class GenerateChunk:
     cached_tokens: int | None = None
 
 
+def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What a call carries beside its message: the key chooses a service class."""
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
 def generate_request(
     prompt: str | Sequence[int],
     *,

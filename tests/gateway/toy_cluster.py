@@ -14,6 +14,7 @@ import httpx
 
 from baton.client import AsyncBatonClient, GenerateChunk, generate_request
 from baton.core.config import ControllerConfig, GatewayConfig
+from baton.core.policy_config import ServiceConfig
 from baton.gateway.server import GatewayServer
 from baton.gateway.settings import GatewaySettings
 from controller.service import ControllerService
@@ -64,13 +65,15 @@ def joined(chunks: list[GenerateChunk], choice: int = 0) -> list[int]:
     return [token for chunk in mine for token in chunk.token_ids]
 
 
-def controller_service(tmp_path: Path, port: int = 0) -> ControllerService:
+def controller_service(tmp_path: Path, port: int = 0, *, policy: str = "slo") -> ControllerService:
     return ControllerService(
         cluster="toy",
         host="127.0.0.1",
         port=port,
         store_url="memory",
-        config=ControllerConfig(heartbeat_s=0.5, dead_after_s=1.5, queue_timeout_s=1.0),
+        config=ControllerConfig(
+            heartbeat_s=0.5, dead_after_s=1.5, queue_timeout_s=1.0, policy=policy
+        ),
         model="tiny",
         store=MemoryStore("toy", directory=tmp_path),
     )
@@ -89,9 +92,11 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 
 @contextlib.asynccontextmanager
-async def toy_cluster(tmp_path: Path, model_dir: Path) -> AsyncIterator[Toy]:
+async def toy_cluster(
+    tmp_path: Path, model_dir: Path, *, policy: str = "slo", service: ServiceConfig | None = None
+) -> AsyncIterator[Toy]:
     async with contextlib.AsyncExitStack() as stack:
-        controller = controller_service(tmp_path)
+        controller = controller_service(tmp_path, policy=policy)
         await controller.start()
         instances = {name: ToyInstance(name) for name in ("prefill-0", "decode-0", "decode-1")}
         for name, instance in instances.items():
@@ -109,6 +114,7 @@ async def toy_cluster(tmp_path: Path, model_dir: Path) -> AsyncIterator[Toy]:
             limits=GatewayConfig(gap_timeout_s=1.0, replay_timeout_s=2.0, max_replays=3),
             queue_timeout_s=1.0,
             place_timeout_s=5.0,
+            service=service or ServiceConfig(),
         )
         gateway = GatewayServer(settings)
         addresses = await gateway.start()
