@@ -45,12 +45,14 @@ class ControllerCore:
         stored: Mapping[str, str] | None = None,
         policy: PlacementPolicy | None = None,
         costs: CostModel | None = None,
+        weights: Mapping[str, float] | None = None,
         planner: RolePlanner | None = None,
         run_id: str = "",
         wall_offset_s: float = 0.0,
     ) -> None:
         """``policy``: instead of the one that ``config`` names. ``costs``: what predictions start
-        from, of every instance. ``planner``: who switches roles beside operators; default: nobody.
+        from, of every instance. ``weights``: of service classes, for their tenants' shares of the
+        queue. ``planner``: who switches roles beside operators; default: nobody.
         ``run_id`` is equal for all controllers of one run of the cluster; what a planner chose in
         another is forgotten. ``now + wall_offset_s`` is Unix time."""
         self._costs = costs
@@ -62,7 +64,7 @@ class ControllerCore:
         self.state = ClusterState(epoch, stored, drained, run_id)
         self.traces = TraceBook(config.trace_capacity)
         self.placements = PlacementDesk(
-            self.state, config, self.traces, policy or make_policy(config.policy)
+            self.state, config, self.traces, policy or make_policy(config.policy), weights
         )
         self._roles = RoleDesk(self.state)
         self.automation = RoleAutomation(
@@ -320,6 +322,7 @@ class ControllerCore:
             self.traces.ended(outcome)
             self.automation.reported(outcome, now)
             self.placements.lengths.ended(outcome)
+            self.placements.reported(outcome, now)
             for attempt in outcome.attempts:
                 self.placements.ended(attempt.request_id, attempt.attempt)
 

@@ -22,6 +22,9 @@ class AttemptTrace:
     reason: str = ""
     num_candidates: int = 0
     stages: tuple[StageAt, ...] = ()
+    predicted_ttft_s: float | None = None
+    """When it was placed; ``None`` where nothing was predicted."""
+    predicted_tpot_s: float | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,7 +60,14 @@ class TraceBook:
         return self._traces.get(request_id)
 
     def placed(
-        self, query: PlaceQuery, placement: Placement | None, reason: str, num_candidates: int
+        self,
+        query: PlaceQuery,
+        placement: Placement | None,
+        reason: str,
+        num_candidates: int,
+        *,
+        predicted_ttft_s: float | None = None,
+        predicted_tpot_s: float | None = None,
     ) -> None:
         """Remember a decision; ``placement`` is ``None`` for a refusal."""
         known = self._traces.get(query.client_request_id)
@@ -69,6 +79,15 @@ class TraceBook:
             entry.placement = placement
             entry.reason = reason
             entry.num_candidates = num_candidates
+            entry.predicted_ttft_s = predicted_ttft_s
+            entry.predicted_tpot_s = predicted_tpot_s
+
+    def bound(self, query: PlaceQuery, placement: Placement, reason: str) -> None:
+        """Remember which decode side an attempt got after its prefill."""
+        entry = self._touch(query.client_request_id).attempt(query)
+        if entry is not None:
+            entry.placement = placement
+            entry.reason = f"{entry.reason}; after prefill: {reason}".removeprefix("; ")
 
     def ended(self, outcome: RequestEnded) -> None:
         """Remember how a request ended, and the stages of its attempts."""

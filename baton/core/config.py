@@ -11,7 +11,7 @@ import math
 import re
 from typing import Literal
 
-from baton.core.policy_config import RolesConfig, ServiceConfig
+from baton.core.policy_config import AdmissionConfig, RolesConfig, ServiceConfig
 
 Dtype = Literal["float32", "bfloat16"]
 TransportName = Literal["auto", "shm", "tcp", "collective", "mooncake"]
@@ -240,6 +240,7 @@ class ControllerConfig:
     package.module:Class of your own."""
     profile: str | None = None
     """A file of ``baton profile``: what predictions start from, until steps have been measured."""
+    admission: AdmissionConfig = dataclasses.field(default_factory=AdmissionConfig)
     roles: RolesConfig = dataclasses.field(default_factory=RolesConfig)
 
     def __post_init__(self) -> None:

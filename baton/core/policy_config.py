@@ -64,6 +64,30 @@ class ServiceConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AdmissionConfig:
+    """What is done with more requests than the cluster can serve within their targets."""
+
+    max_ttft_factor: float | None = None
+    """A request whose predicted TTFT is above so many times its target is shed (429). ``None``: it
+    is placed all the same."""
+    max_open_per_instance: int | None = None
+    """Open requests that an instance may have as prefill side, and as decode side; what comes
+    beyond waits in the controller, tenants in turn. ``None``: it waits in the instances."""
+    online_attainment: float = 0.95
+    """With less of the online requests within their targets, offline work goes one at a time."""
+    offline_wait_s: float = 3600.0
+    """How long offline work may wait for its place, if the request's own time allows it."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_ttft_factor", "max_open_per_instance", "offline_wait_s"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if not 0 <= self.online_attainment <= 1:
+            raise ValueError(f"online_attainment must be 0 to 1, got {self.online_attainment}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RolesConfig:
     """When the cluster switches roles by itself."""
 

@@ -333,6 +333,7 @@ def _placement(reply: controller_pb2.PlaceReply) -> Placement:
         fallback_decode=(
             target_from_record(reply.fallback_decode) if reply.HasField("fallback_decode") else None
         ),
+        tentative=reply.tentative,
     )
 
 

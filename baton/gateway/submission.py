@@ -1,5 +1,8 @@
 """Runs one submission: place, submit, read tokens, and again where an instance fails.
 
+A placement whose decode side is tentative is submitted to its prefill instance alone; once that has
+brought the first token, the controller is asked where to decode.
+
 Received, queued, placed, streaming, replaying: the states are those of ``request_states.py``; the
 journal knows what the client has. This file does the waiting and the talking.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from baton.core.blocks import BlockKey
 from baton.core.clock import Clock
@@ -28,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 
 _MAX_REFUSALS = 8
 """Refused submits in one recovery; each was a stale placement, and the next is fresher."""
+_BIND_TIMEOUT_S = 1.0
+"""How long the second token waits for a better decode instance than the one that was guessed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +47,15 @@ class Surroundings:
     """The controller's."""
     place_timeout_s: float
     on_replay: Callable[[LossReason], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Unbound:
+    """An attempt whose decode instance is chosen when prefill is done."""
+
+    placement: Placement
+    record: instance_pb2.SubmissionRecord
+    """As prefill got it: decode must begin at the same token."""
 
 
 def patience_s(waited_s: float, *, replay_timeout_s: float, queue_timeout_s: float) -> float:
@@ -88,6 +102,10 @@ class SubmissionRun:
         self._patient_until_s: float | None = None
         """Set by a loss, cleared by a token."""
         self._parts: dict[Target, Part] = {}
+        self._asked = controller_pb2.PlaceRequest()
+        """The last question for a place."""
+        self._unbound: _Unbound | None = None
+        """Prefill is under way, or done, and nobody was asked to decode yet."""
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """New tokens in order; the last one carries the finish reason.
@@ -107,6 +125,9 @@ class SubmissionRun:
                         yield delta
                     if journal.over:
                         return
+                    if loss is None and deltas and self._unbound is not None:
+                        # The client has the first token; that the next one waits is no loss.
+                        loss = await self._bind(self._unbound)
                 end = self._lose(loss)
                 if end is not None:
                     yield end
@@ -143,15 +164,22 @@ class SubmissionRun:
             waited_s=max(0.0, now - journal.received_s),
             block_keys=self._block_keys,
         )
+        self._asked = request
+        return await self._ask(request, timeout_s)
+
+    async def _ask(self, request: controller_pb2.PlaceRequest, timeout_s: float) -> Placement:
+        now = self._around.clock.now()
         timeout_s = min(timeout_s, max(0.0, self._deadline_s - now))
-        placement = await self._around.cluster.place(request, timeout_s=timeout_s)
-        self._waited_s += self._around.clock.now() - now
-        return placement
+        try:
+            return await self._around.cluster.place(request, timeout_s=timeout_s)
+        finally:
+            self._waited_s += self._around.clock.now() - now
 
     def _lose(self, loss: Loss) -> Delta | None:
         """Give the attempt up everywhere; the end, if all tokens had come already."""
         journal = self._journal
         self._end_attempt()
+        self._unbound = None
         journal.mark(f"lost_{loss.reason}", "gateway", self._around.clock.wall())
         journal.lose()
         if loss.instance_id is not None:
@@ -211,31 +239,100 @@ class SubmissionRun:
 
     async def _submit(self, placement: Placement) -> Loss | None:
         """Hand the attempt to its instances; the loss, if one of them would not have it."""
-        journal, clock, links = self._journal, self._around.clock, self._around.links
+        journal, clock = self._journal, self._around.clock
         journal.place(clock.now())
         journal.mark("placed", "gateway", clock.wall())
         # What an older attempt still has to say goes nowhere.
         self._inbox = Inbox()
-        self._parts = self._divide(placement)
-        now = clock.now()
+        record = self._record()
+        parts = self._divide(placement)
+        if placement.tentative and placement.decode in parts:
+            del parts[placement.decode]
+            self._unbound = _Unbound(placement, record)
+        loss = await self._hand_over(parts, record, placement.prefill)
+        if loss is None:
+            journal.mark("submitted", "gateway", clock.wall())
+        return loss
+
+    def _record(self) -> instance_pb2.SubmissionRecord:
+        now = self._around.clock.now()
         budget_s = max(0.0, self._deadline_s - now)
-        record = submission_to_record(journal.submission(budget_s, now))
-        for target in self._parts:
-            links.get(target).attach(journal.request_id, self._inbox)
+        return submission_to_record(self._journal.submission(budget_s, now))
+
+    async def _hand_over(
+        self,
+        parts: Mapping[Target, Part],
+        record: instance_pb2.SubmissionRecord,
+        prefill: Target,
+    ) -> Loss | None:
+        """Submit to all at once, and listen to them; the loss, if one would not have it."""
+        links = self._around.links
+        self._parts.update(parts)
+        for target in parts:
+            links.get(target).attach(self._journal.request_id, self._inbox)
         results = await asyncio.gather(
             *(
-                links.get(target).submit(_submit_item(record, part, target, placement.prefill))
-                for target, part in self._parts.items()
+                links.get(target).submit(_submit_item(record, part, target, prefill))
+                for target, part in parts.items()
             ),
             return_exceptions=True,
         )
-        for target, result in zip(self._parts, results, strict=True):
+        for target, result in zip(parts, results, strict=True):
             if isinstance(result, BatonError):
                 return self._refusal(result, target)
             if isinstance(result, BaseException):
                 raise result
-        journal.mark("submitted", "gateway", clock.wall())
         return None
+
+    async def _bind(self, unbound: _Unbound) -> Loss | None:
+        """Prefill is done: have a decode instance go on, the best one as of now.
+
+        Where the controller has no answer in time, it is the one that was guessed.
+        """
+        self._unbound = None
+        journal, clock = self._journal, self._around.clock
+        prefill, guess = unbound.placement.prefill, unbound.placement.decode
+        bound = await self._ask_decode(prefill, guess)
+        journal.bound(clock.now())
+        journal.mark("bound", "gateway", clock.wall())
+        if bound == prefill:
+            return await self._stay(prefill)
+        record = unbound.record
+        record.budget_s = max(0.0, self._deadline_s - clock.now())
+        loss: Loss | None = None
+        for target in dict.fromkeys((bound, guess)):
+            if loss is not None and loss.instance_id is not None:
+                self._excluded[loss.instance_id] = None
+            loss = await self._hand_over({target: Part.DECODE}, record, prefill)
+            if loss is None:
+                break
+            # Its answer may be what was lost, not the submission.
+            self._around.links.abort(target, journal.request_id, journal.attempt)
+            del self._parts[target]
+        return loss
+
+    async def _ask_decode(self, prefill: Target, guess: Target) -> Target:
+        request = controller_pb2.PlaceRequest()
+        request.CopyFrom(self._asked)
+        request.bind_to = prefill.instance_id
+        try:
+            async with asyncio.timeout(_BIND_TIMEOUT_S):
+                return (await self._ask(request, _BIND_TIMEOUT_S)).decode
+        except (BatonError, TimeoutError) as error:
+            name = guess.instance_id
+            _LOG.info("%s decodes on %s, as guessed: %s", request.request_id, name, error)
+            return guess
+
+    async def _stay(self, target: Target) -> Loss | None:
+        """Go on where the prompt's KV is: a new attempt there, which takes the place of the older
+        one and finds its blocks in the cache."""
+        journal, clock = self._journal, self._around.clock
+        journal.next_attempt()
+        self._parts = {}
+        loss = await self._hand_over({target: Part.WHOLE}, self._record(), target)
+        if loss is None:
+            journal.mark("submitted", "gateway", clock.wall())
+        return loss
 
     def _divide(self, placement: Placement) -> dict[Target, Part]:
         remaining = self._journal.sampling.max_tokens - len(self._journal.token_ids)
@@ -267,7 +364,10 @@ class SubmissionRun:
             if any(delta.token_ids for delta in deltas):
                 self._patient_until_s, self._waited_s = None, 0.0
             return deltas, loss
-        if self._parts[item.target] is Part.PREFILL:
+        part = self._parts.get(item.target)
+        if part is None:
+            return [], None  # it would not have it, and is not asked any more
+        if part is Part.PREFILL and self._unbound is None:
             # The decode side recomputes what it did not get; it is only watched more closely.
             journal.prefill_lost(now)
             return [], None

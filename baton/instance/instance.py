@@ -179,7 +179,10 @@ class Instance:
                 f"gateway {submission.gateway_id} has no token stream to {self.instance_id}",
                 stage=Stage.PLACEMENT,
             )
-        self.role.duty.check(part, self.instance_id)
+        older = self._open[newest_id] if newest_id else None
+        stays = part is Part.WHOLE and older is not None and older.part is Part.PREFILL
+        if not stays:  # decoding where prefill was done is no new work
+            self.role.duty.check(part, self.instance_id)
         largest = max((*submission.prompt_ids, *submission.output_ids))
         if self._vocab_size is not None and largest >= self._vocab_size:
             # In a step it would take the others down with it.

@@ -260,9 +260,12 @@ class ControllerMachine(RuleBasedStateMachine):
     def the_queue_is_bounded_and_has_deadlines(self) -> None:
         placements = self.core.placements
         assert placements.num_queued <= CONFIG.max_queued_placements
-        for entry in placements._queue:
-            assert ("queue", entry.number) in self.core.state.deadlines._at
-        assert [e.order for e in placements._queue] == sorted(e.order for e in placements._queue)
+        for number in placements._queue:
+            assert ("queue", number) in self.core.state.deadlines._at
+        entries = [placements._entries[number] for number in placements._queue]
+        assert len(entries) == len(placements._entries) == placements.num_queued
+        priorities = [0 if e.risen else e.query.priority for e in entries]
+        assert priorities == sorted(priorities, reverse=True)
 
     def teardown(self) -> None:
         for name in list(self.placed):
