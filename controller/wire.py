@@ -200,6 +200,10 @@ def explanation(trace: RequestTrace) -> cluster_pb2.ExplainResponse:
                 for at in sorted(entry.stages, key=lambda at: at.wall_s)
             ],
         )
+        if entry.predicted_ttft_s is not None:
+            message.predicted_ttft_s = entry.predicted_ttft_s
+        if entry.predicted_tpot_s is not None:
+            message.predicted_tpot_s = entry.predicted_tpot_s
         placement = entry.placement
         if placement is None:
             continue

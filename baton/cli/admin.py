@@ -127,6 +127,16 @@ def _targets(reply: cluster_pb2.ExplainResponse) -> str:
     return text
 
 
+def predicted_text(attempt: cluster_pb2.AttemptTrace) -> str:
+    """What the placement counted on, to read beside what came; empty where it predicted nothing."""
+    found = []
+    if attempt.HasField("predicted_ttft_s"):
+        found.append(f"TTFT {attempt.predicted_ttft_s * 1000:.1f} ms")
+    if attempt.HasField("predicted_tpot_s"):
+        found.append(f"TPOT {attempt.predicted_tpot_s * 1000:.2f} ms")
+    return f"; predicted {', '.join(found)}" if found else ""
+
+
 def explain(address: str, request_id: str, *, as_json: bool) -> None:
     """Print where a request ran and when each stage happened."""
     with AdminClient(address) as admin:
@@ -147,7 +157,7 @@ def explain(address: str, request_id: str, *, as_json: bool) -> None:
         console.print(
             f"choice {attempt.choice} attempt {attempt.attempt}: prefill {prefill}, "
             f"decode {decode}; {attempt.reason} (of {attempt.num_candidates}); "
-            f"fallback {attempt.fallback or 'none'}"
+            f"fallback {attempt.fallback or 'none'}{predicted_text(attempt)}"
         )
         _print_stages(console, attempt)
 

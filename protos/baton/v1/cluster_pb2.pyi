@@ -370,6 +370,8 @@ class AttemptTrace(_message.Message):
     NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    PREDICTED_TTFT_S_FIELD_NUMBER: _builtins.int
+    PREDICTED_TPOT_S_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     prefill_instance: _builtins.str
     prefill_incarnation: _builtins.int
@@ -380,6 +382,9 @@ class AttemptTrace(_message.Message):
     """why this pair: policy and scores"""
     num_candidates: _builtins.int
     choice: _builtins.int
+    predicted_ttft_s: _builtins.float
+    """when it was placed, where anything was predicted"""
+    predicted_tpot_s: _builtins.float
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTime]: ...
     def __init__(
@@ -395,12 +400,21 @@ class AttemptTrace(_message.Message):
         num_candidates: _builtins.int = ...,
         stages: _abc.Iterable[Global___StageTime] | None = ...,
         choice: _builtins.int = ...,
+        predicted_ttft_s: _builtins.float | None = ...,
+        predicted_tpot_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_tpot_s", b"_predicted_tpot_s", "_predicted_ttft_s", b"_predicted_ttft_s", "predicted_tpot_s", b"predicted_tpot_s", "predicted_ttft_s", b"predicted_ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "decode_incarnation", b"decode_incarnation", "decode_instance", b"decode_instance", "fallback", b"fallback", "num_candidates", b"num_candidates", "prefill_incarnation", b"prefill_incarnation", "prefill_instance", b"prefill_instance", "reason", b"reason", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_tpot_s", b"_predicted_tpot_s", "_predicted_ttft_s", b"_predicted_ttft_s", "attempt", b"attempt", "choice", b"choice", "decode_incarnation", b"decode_incarnation", "decode_instance", b"decode_instance", "fallback", b"fallback", "num_candidates", b"num_candidates", "predicted_tpot_s", b"predicted_tpot_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill_incarnation", b"prefill_incarnation", "prefill_instance", b"prefill_instance", "reason", b"reason", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__predicted_tpot_s: _TypeAlias = _typing.Literal["predicted_tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__predicted_tpot_s: _TypeAlias = _typing.Literal["_predicted_tpot_s", b"_predicted_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_ttft_s: _TypeAlias = _typing.Literal["predicted_ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__predicted_ttft_s: _TypeAlias = _typing.Literal["_predicted_ttft_s", b"_predicted_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_tpot_s) -> _WhichOneofReturnType__predicted_tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_ttft_s) -> _WhichOneofReturnType__predicted_ttft_s | None: ...
 
 Global___AttemptTrace: _TypeAlias = AttemptTrace  # noqa: Y015
 
