@@ -18,7 +18,9 @@ from baton.cli.common import (
     find,
     with_clear_errors,
 )
+from baton.cli.profile import profile as profile_command
 from baton.cli.roles import app as roles_app
+from baton.cli.simulate import simulate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +30,8 @@ app = typer.Typer(
 )
 
 app.add_typer(roles_app, name="roles")
+app.command()(simulate)
+app.command(name="profile")(profile_command)
 
 
 @app.command()
