@@ -307,15 +307,25 @@ class ControllerCore:
     def _member_seen(self, event: events.MemberSeen) -> None:
         if event.session_id not in self.state.members:
             self._see_epoch(event.known_epoch)
+        known = self.state.members.get(event.session_id)
         self.state.members[event.session_id] = event.member
+        if event.member.kind == "pool" and known is None:
+            self._pool_nodes_changed()
 
     def _member_gone(self, event: events.MemberGone) -> None:
         member = self.state.members.pop(event.session_id, None)
+        if member is not None and member.kind == "pool":
+            self._pool_nodes_changed()
         if member is None or member.kind != "gateway":
             return
         others = self.state.members.values()
         if not any((m.kind, m.member_id) == ("gateway", member.member_id) for m in others):
             self.placements.gateway_gone(member.member_id)
+
+    def _pool_nodes_changed(self) -> None:
+        """Placement knows which host tiers are on the machines of its instances."""
+        pool = [m for m in self.state.members.values() if m.kind == "pool"]
+        self.state.columns.set_pool_nodes({m.member_id: m.node_id for m in pool})
 
     def _outcomes(self, event: events.OutcomesReported, now: float) -> None:
         for outcome in event.outcomes:
