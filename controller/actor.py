@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
 from baton.core.config import ControllerConfig
+from baton.core.cost_model import CostModel
 from controller.service import ControllerService
 from protos.serving import HostedServer
 
@@ -31,6 +33,8 @@ class ControllerActor:
         config: ControllerConfig,
         model: str,
         run_id: str = "",
+        costs: CostModel | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self._server = HostedServer(
             "controller",
@@ -42,6 +46,8 @@ class ControllerActor:
                 config=config,
                 model=model,
                 run_id=run_id,
+                costs=costs,
+                weights=weights,
             ),
             start_timeout_s=_START_TIMEOUT_S,
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import grpc.aio
 from prometheus_client import make_asgi_app
 
 from baton.core.clock import Clock, SystemClock
 from baton.core.config import ControllerConfig
+from baton.core.cost_model import CostModel
 from baton.core.errors import ConfigError
 from controller.core import ControllerCore
 from controller.discovery import open_store
@@ -32,8 +34,8 @@ _FLUSH_S = 1.0
 class ControllerService:
     """Runs on one event loop; see :class:`protos.serving.Service` for the order of calls.
 
-    ``host`` is bound and announced; port 0 takes a free one (see :attr:`address`). ``run_id`` and
-    ``planner`` are those of :class:`ControllerCore`.
+    ``host`` is bound and announced; port 0 takes a free one (see :attr:`address`). ``run_id``,
+    ``planner``, ``costs`` and ``weights`` are those of :class:`ControllerCore`.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class ControllerService:
         clock: Clock | None = None,
         store: MetadataStore | None = None,
         planner: RolePlanner | None = None,
+        costs: CostModel | None = None,
+        weights: Mapping[str, float] | None = None,
         run_id: str = "",
     ) -> None:
         self._cluster = cluster
@@ -58,6 +62,8 @@ class ControllerService:
         self._clock = clock or SystemClock()
         self._store = store or open_store(store_url, cluster)
         self._planner = planner
+        self._costs = costs
+        self._weights = weights
         self._run_id = run_id
         self._metrics = ControllerMetrics()
         self._http = HttpServer(
@@ -136,6 +142,8 @@ class ControllerService:
             epoch=epoch,
             stored=stored,
             planner=self._planner,
+            costs=self._costs,
+            weights=self._weights,
             run_id=self._run_id,
             wall_offset_s=self._clock.wall() - self._clock.now(),
         )

@@ -18,7 +18,7 @@ import grpc
 import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from baton.cli.emulation import real_pool
+from baton.cli.emulation import predicted_costs, real_pool
 from baton.cli.ports import answers, check_port, free_port
 from baton.cli.processes import RayProcesses, signals_kept
 from baton.core.config import ServeConfig
@@ -96,6 +96,7 @@ class ClusterRun:
                 param="model",
             )
         checkpoint = open_checkpoint(config.model)
+        predicted_costs(config)
         for role in dict.fromkeys(role for _, role in instance_names(config)):
             _check_ranks(checkpoint, config, role)
         if config.store == "memory" and config.address is not None:
@@ -213,6 +214,8 @@ class ClusterRun:
             config=config.controller,
             model=_served_name(config),
             run_id=uuid.uuid4().hex,
+            costs=predicted_costs(config),
+            weights={name: item.weight for name, item in config.service.classes.items()},
         )
         self._controller.append(actor)
         return str(self._served(actor, actor.address.remote().future()))

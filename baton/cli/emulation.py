@@ -1,4 +1,4 @@
-"""Settings of emulated clusters that follow from their profile."""
+"""What follows from the profiles that a cluster's settings name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.core.config import PoolConfig, ServeConfig
+from baton.core.cost_model import CostModel
 from baton.engine.profile_file import load_profile
 
 
@@ -31,6 +32,13 @@ def fill_from_profile(values: dict[str, Any]) -> None:
         engine.setdefault("num_blocks", max(1, profile.kv_capacity_tokens // block_size))
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         engine.setdefault(name, getattr(profile, name))
+
+
+def predicted_costs(config: ServeConfig) -> CostModel | None:
+    """What the controller's predictions start from; ``None``: what it measures. Raises ConfigError
+    for a profile that cannot be read."""
+    path = config.controller.profile
+    return None if path is None else load_profile(Path(path).expanduser()).cost
 
 
 def real_pool(config: ServeConfig, slot_bytes: int) -> PoolConfig:

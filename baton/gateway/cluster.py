@@ -30,10 +30,12 @@ from protos.status import error_from_rpc
 _LOG = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
-MAX_CALLS = 32
-"""Place calls under way at once; the controller may hold each for as long as it queues."""
+MAX_CALLS = 256
+"""Of a lane, under way at once; the controller may hold each for as long as it queues."""
 MAX_PENDING_OUTCOMES = 10_000
 _CALL_SPACING_S = 0.005
+_FEW_CALLS = 32
+"""With so many more held, the next batch forms for as long again: it is to be larger."""
 _PLACE_SLACK_S = 2.0
 _REPORT_TIMEOUT_S = 5.0
 _MAX_BATCH = 256
@@ -56,6 +58,15 @@ class _Pending:
     future: asyncio.Future[Placement]
 
 
+class _Lane:
+    """Requests for places that may wait equally long: what one lane holds never delays another."""
+
+    def __init__(self) -> None:
+        self.pending: deque[_Pending] = deque()
+        self.wake = asyncio.Event()
+        self.calls: set[asyncio.Task[None]] = set()
+
+
 class Cluster:
     """One controller, seen from one gateway. ``start``, then use, then ``stop``."""
 
@@ -72,9 +83,7 @@ class Cluster:
         self._on_view = on_view
         self._view: controller_pb2.ClusterView | None = None
         self._connected = asyncio.Event()
-        self._pending: deque[_Pending] = deque()
-        self._wake_place = asyncio.Event()
-        self._calls: set[asyncio.Task[None]] = set()
+        self._online, self._offline = self._lanes = (_Lane(), _Lane())
         self._outcomes: deque[controller_pb2.Outcome] = deque(maxlen=MAX_PENDING_OUTCOMES)
         self._wake_report = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -86,19 +95,21 @@ class Cluster:
         self._member = member
         self._channel = grpc.aio.insecure_channel(self._address, options=channel_options())
         self._stub = controller_pb2_grpc.ControllerStub(self._channel)
-        loops = (self._keep_session(), self._keep_placing(), self._keep_reporting())
+        placing = [self._keep_placing(lane) for lane in self._lanes]
+        loops = (self._keep_session(), *placing, self._keep_reporting())
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def stop(self) -> None:
         """Deliver the outcomes that are waiting (bounded), then leave the cluster."""
         if self._connected.is_set() and self._outcomes:
             await self._report()
-        tasks = [*self._tasks, *self._calls]
+        tasks = [*self._tasks, *self._online.calls, *self._offline.calls]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        while self._pending:
-            self._fail(self._pending.popleft(), Unavailable("the gateway is stopping"))
+        for lane in self._lanes:
+            while lane.pending:
+                self._fail(lane.pending.popleft(), Unavailable("the gateway is stopping"))
         if self._channel is not None:
             await self._channel.close(None)
 
@@ -140,8 +151,9 @@ class Cluster:
         """
         future: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         pending = _Pending(request, self._clock.now() + timeout_s, future)
-        self._pending.append(pending)
-        self._wake_place.set()
+        lane = self._offline if request.priority < 0 else self._online
+        lane.pending.append(pending)
+        lane.wake.set()
         try:
             async with asyncio.timeout(timeout_s + _PLACE_SLACK_S):
                 return await future
@@ -196,44 +208,45 @@ class Cluster:
 
     # --- placements
 
-    async def _keep_placing(self) -> None:
+    async def _keep_placing(self, lane: _Lane) -> None:
         while True:
-            await self._wake_place.wait()
-            self._wake_place.clear()
-            while self._pending:
-                if not await self._until_connected():
+            await lane.wake.wait()
+            lane.wake.clear()
+            while lane.pending:
+                if not await self._until_connected(lane):
                     continue
-                batch = self._take_batch()
+                batch = self._take_batch(lane)
                 if not batch:
                     continue
-                call = asyncio.create_task(self._place_batch(batch))
-                self._calls.add(call)
-                call.add_done_callback(self._calls.discard)
+                call = asyncio.create_task(self._place_batch(lane, batch))
+                lane.calls.add(call)
+                call.add_done_callback(lane.calls.discard)
                 # The next batch forms while this call is under way; but the controller may hold
                 # the call (it queues), and that must not hold up those who come later.
-                await asyncio.wait({call}, timeout=_CALL_SPACING_S)
-                if len(self._calls) >= MAX_CALLS:
-                    await asyncio.wait(self._calls, return_when=asyncio.FIRST_COMPLETED)
+                spacing_s = _CALL_SPACING_S * (1 + len(lane.calls) // _FEW_CALLS)
+                await asyncio.wait({call}, timeout=spacing_s)
+                if len(lane.calls) >= MAX_CALLS:
+                    await asyncio.wait(lane.calls, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _until_connected(self) -> bool:
+    async def _until_connected(self, lane: _Lane) -> bool:
         """Wait for the controller until the first pending request is overdue, and fail those."""
-        first_due_s = min(item.due_s for item in self._pending)
+        first_due_s = min(item.due_s for item in lane.pending)
         try:
             async with asyncio.timeout(max(0.0, first_due_s - self._clock.now())):
                 await self._connected.wait()
         except TimeoutError:
             now = self._clock.now()
-            for item in [item for item in self._pending if item.due_s <= now]:
-                self._pending.remove(item)
+            for item in [item for item in lane.pending if item.due_s <= now]:
+                lane.pending.remove(item)
                 self._fail(item, self._no_placement())
             return False
         return True
 
-    def _take_batch(self) -> list[_Pending]:
+    def _take_batch(self, lane: _Lane) -> list[_Pending]:
         batch: list[_Pending] = []
         now = self._clock.now()
-        while self._pending and len(batch) < _MAX_BATCH:
-            item = self._pending.popleft()
+        while lane.pending and len(batch) < _MAX_BATCH:
+            item = lane.pending.popleft()
             if item.future.done():
                 continue
             if item.due_s <= now:
@@ -243,7 +256,7 @@ class Cluster:
             batch.append(item)
         return batch
 
-    async def _place_batch(self, batch: list[_Pending]) -> None:
+    async def _place_batch(self, lane: _Lane, batch: list[_Pending]) -> None:
         assert self._member is not None
         message = controller_pb2.PlaceBatch(
             gateway_id=self._member.gateway_id, requests=[item.request for item in batch]
@@ -261,12 +274,14 @@ class Cluster:
                     else:
                         item.future.set_result(_placement(answer))
         except grpc.aio.AioRpcError as error:
-            self._retry_or_fail(list(left.values()), error)
+            self._retry_or_fail(lane, list(left.values()), error)
             return
         for item in left.values():
             self._fail(item, self._no_placement())
 
-    def _retry_or_fail(self, batch: list[_Pending], error: grpc.aio.AioRpcError) -> None:
+    def _retry_or_fail(
+        self, lane: _Lane, batch: list[_Pending], error: grpc.aio.AioRpcError
+    ) -> None:
         """The controller went away in the middle: those with time left wait for its return."""
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             for item in batch:
@@ -279,13 +294,14 @@ class Cluster:
             return
         if self._connected.is_set():
             # The session will notice by itself; until then do not call again and again.
-            asyncio.get_running_loop().call_later(0.1, self._requeue, batch)
+            asyncio.get_running_loop().call_later(0.1, self._requeue, lane, batch)
         else:
-            self._requeue(batch)
+            self._requeue(lane, batch)
 
-    def _requeue(self, batch: list[_Pending]) -> None:
-        self._pending.extendleft(item for item in reversed(batch) if not item.future.done())
-        self._wake_place.set()
+    @staticmethod
+    def _requeue(lane: _Lane, batch: list[_Pending]) -> None:
+        lane.pending.extendleft(item for item in reversed(batch) if not item.future.done())
+        lane.wake.set()
 
     @staticmethod
     def _fail(item: _Pending, error: BatonError) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from baton.core.blocks import BlockKey
@@ -116,7 +117,9 @@ class SubmissionRun:
         journal = self._journal
         try:
             journal.step(Transition.ENQUEUE)
-            placement = await self._place(self._around.place_timeout_s)
+            # Offline work may wait for its place as long as it may take.
+            offline = journal.level.is_offline
+            placement = await self._place(math.inf if offline else self._around.place_timeout_s)
             while True:
                 loss = await self._submit(placement)
                 while loss is None:
@@ -173,7 +176,8 @@ class SubmissionRun:
         try:
             return await self._around.cluster.place(request, timeout_s=timeout_s)
         finally:
-            self._waited_s += self._around.clock.now() - now
+            if not self._journal.level.is_offline:
+                self._waited_s += self._around.clock.now() - now
 
     def _lose(self, loss: Loss) -> Delta | None:
         """Give the attempt up everywhere; the end, if all tokens had come already."""
