@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "controller": ("baton.core", "protos", "kvpool.index", "kvpool.layout", "kvpool.tiers"),
     "baton.gateway": ("baton.core", "protos"),
     "baton.client": ("baton.core", "protos"),
+    "baton.simulator": ("baton.core", "kvpool", "baton.engine", "controller"),
     "baton.cli": (
         "baton.core",
         "protos",
@@ -45,6 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "controller",
         "baton.gateway",
         "baton.client",
+        "baton.simulator",
     ),
 }
 VERSION = ("baton", "baton.__version__")  # anyone may tell the version
@@ -68,6 +70,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "uvicorn": ("baton.gateway.*", "protos.http"),
     "typer": ("baton.cli.*",),
     "rich": ("baton.cli.*",),
+    "matplotlib": ("baton.cli.*",),
 }
 
 
