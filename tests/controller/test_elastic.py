@@ -412,10 +412,3 @@ def test_a_controller_that_was_stopped_does_not_decide_on_old_news() -> None:
     assert len(fleet.planner.views) == 1
     fleet.run(1)
     assert len(fleet.planner.views) == 2
-
-
-def test_config_is_what_the_planner_gets() -> None:
-    config = RolesConfig(interval_s=0.5, gain=0.2)
-    fleet = Fleet.of((), config)
-    fleet.run(1)
-    assert [view.config for view in fleet.planner.views] == [config, config]
