@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TypedDict, TypeVar
 
 from baton.core.blocks import BlockKey
@@ -229,20 +229,24 @@ class HostTier:
         lease_s: float,
         timeout_s: float,
         local_only: bool = False,
+        tiers: Set[Tier] | None = None,
     ) -> tuple[int, list[HeldSlot]]:
         """Bring the longest prefix of ``keys`` up, and keep it; the hold, and the slots after
         ``skip``. (0, []) for nothing beyond these.
 
-        ``local_only``: another machine asks; it must not be sent on.
+        ``local_only``: another machine asks; it must not be sent on. ``tiers``: to bring up from;
+        all by default.
         """
         deadline = self.clock.now() + timeout_s
         here = self.table.match(keys, now=self.clock.now())
         if here:
             self.hot.count(keys[here - 1], here)
-        tiers = [Tier.HOST] * here
+        where = [Tier.HOST] * here
         if here < len(keys):
-            tiers += await self.promotion.bring_up(keys, here, deadline, local_only=local_only)
-        if len(tiers) <= skip:
+            where += await self.promotion.bring_up(
+                keys, here, deadline, local_only=local_only, tiers=tiers
+            )
+        if len(where) <= skip:
             return 0, []
         now = self.clock.now()
         hold = self.table.hold(keys, owner=owner, now=now, lease_s=lease_s, touch=False)
@@ -251,14 +255,14 @@ class HostTier:
         if len(hold.slots) <= skip:
             self.table.release(hold.hold_id, now)
             return 0, []
-        tiers += [Tier.HOST] * (len(hold.slots) - len(tiers))
+        where += [Tier.HOST] * (len(hold.slots) - len(where))
         if self.external is not None:
             # Asked for since they were stored.
             self.external.offer(keys[: len(hold.slots)])
         self._changed()
         slots = zip(
             *(hold.slots, hold.generations, hold.checksums, hold.num_tokens, hold.priorities),
-            tiers,
+            where,
             strict=False,
         )
         return hold.hold_id, [HeldSlot(*slot) for slot in slots][skip:]

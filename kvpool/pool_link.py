@@ -119,19 +119,31 @@ class PoolLink:
         # Unmapped with its last reader.
         self._host = None
 
-    async def hold(self, keys: Sequence[BlockKey], *, skip: int, timeout_s: float) -> Hold | None:
+    async def hold(
+        self,
+        keys: Sequence[BlockKey],
+        *,
+        skip: int,
+        timeout_s: float,
+        tiers: Sequence[Tier] = (),
+    ) -> Hold | None:
         """The pool's longest prefix of ``keys`` without its first ``skip`` blocks; ``None`` for
         nothing beyond these.
 
-        Blocks of lower tiers and other machines are brought to the host tier first, as far as
-        ``timeout_s`` reaches.
+        Blocks of lower tiers (of ``tiers``, where any are named) and other machines are brought to
+        the host tier first, as far as ``timeout_s`` reaches.
         """
         stub = await self._connect()
         host = self._host
         if stub is None or host is None:
             return None
         request = pool_pb2.HoldPrefixRequest(
-            owner=self.owner, keys=keys, skip=skip, lease_s=self._lease_s, timeout_s=timeout_s
+            owner=self.owner,
+            keys=keys,
+            skip=skip,
+            lease_s=self._lease_s,
+            timeout_s=timeout_s,
+            tiers=tiers,
         )
         reply = await self._answer(
             stub.HoldPrefix(

@@ -13,7 +13,7 @@ from kvpool.host_tier import HostTier
 from kvpool.host_values import Grant, Skip
 from kvpool.pool_link import ARENA_METADATA
 from kvpool.pool_metrics import tier_numbers
-from kvpool.tiers import BlockMeta
+from kvpool.tiers import BlockMeta, Tier
 from kvpool.transport import Endpoint
 from protos.baton.internal.v1 import pool_pb2, pool_pb2_grpc
 
@@ -150,6 +150,7 @@ class PoolServicer(pool_pb2_grpc.PoolNodeServicer):
                 lease_s=request.lease_s,
                 timeout_s=request.timeout_s,
                 local_only=request.local_only,
+                tiers=frozenset(map(Tier, request.tiers)) or None,
             )
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))

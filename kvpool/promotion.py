@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 from baton.core.blocks import BlockKey
@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 _BATCH = 16
 
 
+def _among(tier: Tier, tiers: Set[Tier] | None) -> bool:
+    return tiers is None or tier in tiers
+
+
 class Promotion:
     """For one host tier. ``remote``: other machines, once they can be asked."""
 
@@ -33,42 +37,51 @@ class Promotion:
         self._one_at_a_time = asyncio.Lock()
 
     async def bring_up(
-        self, keys: Sequence[BlockKey], start: int, deadline: float, *, local_only: bool
+        self,
+        keys: Sequence[BlockKey],
+        start: int,
+        deadline: float,
+        *,
+        local_only: bool,
+        tiers: Set[Tier] | None = None,
     ) -> list[Tier]:
         """What lower tiers have of ``keys[start:]`` without a gap; where each block was.
 
-        Ends by ``deadline`` (the tier's clock), with what has come by then.
+        Ends by ``deadline`` (the tier's clock), with what has come by then. ``tiers``: to look in;
+        all by default.
         """
-        disk, remote = self._tier.disk, None if local_only else self.remote
-        external = None if local_only else self._tier.external
+        disk = self._tier.disk if _among(Tier.DISK, tiers) else None
+        remote = None if local_only or not _among(Tier.REMOTE, tiers) else self.remote
+        asked = not local_only and _among(Tier.EXTERNAL, tiers)
+        external = self._tier.external if asked else None
         nowhere_else = remote is None and (external is None or not external.connected)
         if nowhere_else and (disk is None or not disk.contains(keys[start])):
             return []
-        tiers: list[Tier] = []
+        found: list[Tier] = []
         try:
             async with asyncio.timeout(max(0.0, deadline - self._tier.clock.now())):
                 # What a second one wants may be what the first one brings.
                 async with self._one_at_a_time:
-                    await self._bring_up(keys, start, remote, external, deadline, tiers)
+                    await self._bring_up(keys, start, disk, remote, external, deadline, found)
         except TimeoutError:
             log.info("bringing blocks up took too long; the rest is computed")
-        return tiers
+        return found
 
     async def _bring_up(
         self,
         keys: Sequence[BlockKey],
         start: int,
+        disk: DiskTier | None,
         remote: RemotePools | None,
         external: ExternalTier | None,
         deadline: float,
-        tiers: list[Tier],
+        found: list[Tier],
     ) -> None:
         table, clock = self._tier.table, self._tier.clock
         at = max(start, table.match(keys, touch=False, now=clock.now()))
-        tiers += [Tier.HOST] * (at - start)
+        found += [Tier.HOST] * (at - start)
         while at < len(keys):
             count, where = 0, Tier.DISK
-            disk = self._tier.disk
             if disk is not None and disk.contains(keys[at]):
                 count = await self._from_disk(disk, keys, at)
             if not count and remote is not None:
@@ -77,7 +90,7 @@ class Promotion:
                 count, where = await external.fetch(keys, at), Tier.EXTERNAL
             if not count:
                 return
-            tiers += [where] * count
+            found += [where] * count
             at += count
 
     async def _from_disk(self, disk: DiskTier, keys: Sequence[BlockKey], at: int) -> int:

@@ -141,16 +141,6 @@ class OnlineCosts:
             self._add(features, seconds, total_s)
         self._solve()
 
-    def relax(self, fraction: float) -> None:
-        """Believe a little less in what was measured, a little more in the start: for what is not
-        measured any more because it looked bad."""
-        if self._start is None or not self.num_samples:
-            return
-        self._scale_past(1.0 - fraction)
-        moved = (a + fraction * (s - a) for a, s in zip(self._anchor, self._start, strict=True))
-        self._anchor = _three(moved)
-        self._solve()
-
     def _believe(
         self, features: Features, total_s: float, predicted_s: float, beside_s: float
     ) -> None:

@@ -76,7 +76,6 @@ def assemble(
         on_events=instance.on_events,
         on_failed=instance.on_failed,
         max_in_flight=2 if config.async_scheduling else 1,
-        on_step=None if side is None else side.fetcher.rule.computed,
     )
     prefill = PrefillWorker(
         instance_id=instance_id,

@@ -36,6 +36,7 @@ from baton.engine.events import (
     TokensReady,
 )
 from baton.engine.interface import SequenceEngine
+from baton.instance.fetch_rule import Missing
 from baton.instance.hub import TokenHub
 from baton.instance.open_requests import InstanceCounters, OpenRequest, by_tier
 from baton.instance.pool_side import PoolSide
@@ -126,9 +127,8 @@ class Instance:
                 self._drop(older, "a newer attempt took its place", everywhere=True)
             sequence_id = f"{request_id}@{attempt}"
             named = dataclasses.replace(submission, request_id=sequence_id)
-            keys, num_cached = self._prefix(named, part)
-            missing = len(keys) - num_cached
-            fetch = self._pool is not None and self._pool.fetcher.wanted(missing)
+            keys, num_cached, missing = self._prefix(named, part)
+            fetch = missing is not None
             self.engine.submit(named, part, self._clock.now(), keys=keys, fetch=fetch)
         except BatonError:
             self.counters.num_refused += 1
@@ -137,8 +137,8 @@ class Instance:
         self._newest[request_id] = sequence_id
         self._stage(sequence_id, f"{part}_received")
         self.counters.num_submitted += 1
-        if fetch and self._pool is not None:
-            self._pool.fetcher.open(sequence_id, keys, num_cached)
+        if missing is not None and self._pool is not None:
+            self._pool.fetcher.open(sequence_id, keys, num_cached, missing)
         if submission.budget_s is not None:
             entry.deadline = asyncio.get_running_loop().call_later(
                 submission.budget_s, self._on_deadline, sequence_id
@@ -150,13 +150,20 @@ class Instance:
             self._decode.open(sequence_id, attempt, prefill)
         self._wake()
 
-    def _prefix(self, submission: Submission, part: Part) -> tuple[list[BlockKey], int]:
-        """Keys that the pool may be asked for, and how many of their blocks are cached here."""
-        too_long = submission.num_tokens >= self.engine.max_model_len
-        if self._pool is None or part is Part.DECODE or too_long:
-            return [], 0
-        keys = self.engine.prefix_keys(submission)
-        return keys, self.engine.num_cached_blocks(keys)
+    def _prefix(
+        self, submission: Submission, part: Part
+    ) -> tuple[list[BlockKey], int, Missing | None]:
+        """Keys that a cache may have, how many of their blocks are cached here, and what to ask the
+        pool for."""
+        engine, num_tokens = self.engine, submission.num_tokens
+        if self._pool is None or part is Part.DECODE or num_tokens >= engine.max_model_len:
+            return [], 0, None
+        keys = engine.prefix_keys(submission)
+        num_cached = engine.num_cached_blocks(keys)
+        missing = self._pool.fetcher.missing(
+            len(keys), num_cached, num_tokens, lambda: engine.load().num_waiting_tokens
+        )
+        return keys, num_cached, missing
 
     def _check(self, submission: Submission, part: Part, incarnation: int) -> None:
         if incarnation != self.incarnation:

@@ -54,6 +54,7 @@ class PoolSideCollector(Collector):
             "baton_kv_fetches", "Prefixes asked for, by what became of them.", labels=("outcome",)
         )
         fetches.add_metric(("asked",), counters.num_asked)
+        fetches.add_metric(("not_asked",), counters.num_not_asked)
         fetches.add_metric(("not_worth",), counters.num_not_worth)
         fetches.add_metric(("cut_short",), counters.num_corrupt)
         yield fetches

@@ -111,7 +111,12 @@ def make_pool_side(
         stage=instance.note_stage,
         missing=missing,
     )
-    rule = FetchRule(config.fetch, block_size=block_size, block_bytes=cache.block_bytes)
+    rule = FetchRule(
+        config.fetch,
+        block_size=block_size,
+        block_bytes=cache.block_bytes,
+        chunk=instance.engine.config.max_num_batched_tokens,
+    )
     fetcher = PrefixFetcher(
         hooks, link, mover, rule, block_size=block_size, timeout_s=_FETCH_TIMEOUT_S
     )

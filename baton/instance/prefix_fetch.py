@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from baton.core.blocks import BlockKey
 from baton.engine.events import Reserved
-from baton.instance.fetch_rule import FetchRule
+from baton.instance.fetch_rule import ALL_TIERS, FetchRule, Missing
 from kvpool.block_io import BlockMover
 from kvpool.pool_link import Hold, PoolLink
 from kvpool.tiers import Tier
@@ -35,6 +35,8 @@ class _Fetch:
     keys: Sequence[BlockKey]
     skip: int
     """Leading blocks that were cached here when the pool was asked."""
+    missing: Missing
+    opened_s: float
     own_blocks: tuple[int, ...] | None = None
     num_cached: int = 0
     """Leading blocks that are cached here, once ``own_blocks`` are reserved."""
@@ -51,7 +53,10 @@ class FetchCounters:
     """Totals since the start, for metrics."""
 
     num_asked: int = 0
+    num_not_asked: int = 0
+    """Prefixes that the pool was not asked for: to compute them was predicted to be faster."""
     num_not_worth: int = 0
+    """The same, after the pool had said what it has."""
     num_corrupt: int = 0
     """Fetches that ended at a block that was late, changed, or not what its checksum says."""
     num_blocks: collections.Counter[Tier] = dataclasses.field(default_factory=collections.Counter)
@@ -110,13 +115,41 @@ class PrefixFetcher:
         """Sequences that wait for a prefix."""
         return len(self._fetches)
 
-    def wanted(self, num_blocks: int) -> bool:
-        """Whether to ask the pool for up to so many blocks that are not cached here."""
-        return self.rule.worth_asking(num_blocks)
+    def missing(
+        self, num_blocks: int, num_cached: int, num_tokens: int, waiting: Callable[[], int]
+    ) -> Missing | None:
+        """What to ask the pool for; ``None``: nothing, as far as can be told before it answers.
 
-    def open(self, sequence_id: str, keys: Sequence[BlockKey], num_cached: int) -> None:
-        """The engine took a sequence with ``fetch``; its first ``num_cached`` blocks are here."""
-        fetch = self._fetches[sequence_id] = _Fetch(keys, num_cached)
+        Args:
+            num_blocks: of the prompt's beginning, which a cache may have.
+            num_cached: of these, the first ones, which are here.
+            num_tokens: of the whole prompt.
+            waiting: counts the prompt tokens that will be computed before it.
+        """
+        num_missing = num_blocks - num_cached
+        if num_missing <= 0:
+            return None
+        queue_s = self.rule.queue_s(waiting()) if self.rule.policy == "auto" else 0.0
+        missing = Missing(num_cached * self._block_size, num_missing, num_tokens, queue_s)
+        tiers = self.rule.tiers_to_ask(missing)
+        if tiers:
+            return dataclasses.replace(missing, tiers=tiers)
+        self.counters.num_not_asked += 1
+        return None
+
+    def open(
+        self,
+        sequence_id: str,
+        keys: Sequence[BlockKey],
+        num_cached: int,
+        missing: Missing | None = None,
+    ) -> None:
+        """The engine took a sequence with ``fetch``; its first ``num_cached`` blocks are here.
+        ``missing``: as it was decided on; by default, that the prompt ends with its keys."""
+        if missing is None:
+            here, total = num_cached * self._block_size, len(keys) * self._block_size
+            missing = Missing(here, len(keys) - num_cached, total + 1)
+        fetch = self._fetches[sequence_id] = _Fetch(keys, num_cached, missing, time.monotonic())
         self.counters.num_asked += 1
         task = asyncio.ensure_future(self._ask(sequence_id, fetch))
         self._tasks.add(task)
@@ -155,21 +188,26 @@ class PrefixFetcher:
         started = time.monotonic()
         try:
             fetch.hold = await self._link.hold(
-                fetch.keys, skip=fetch.skip, timeout_s=self._timeout_s
+                fetch.keys,
+                skip=fetch.skip,
+                timeout_s=self._timeout_s,
+                tiers=fetch.missing.tiers,
             )
         except Exception:  # a bug must not leave the sequence waiting
             log.exception("asking the pool for %s", sequence_id)
         fetch.asking = False
-        self.rule.answered(time.monotonic() - started)
-        num_found = fetch.skip + (0 if fetch.hold is None else len(fetch.hold.slots))
-        self._hooks.missing(fetch.keys[num_found:])
+        slots = () if fetch.hold is None else fetch.hold.slots
+        found = collections.Counter(slot.tier for slot in slots)
+        self.rule.answered(len(fetch.keys), found, time.monotonic() - started)
+        if fetch.missing.tiers in ((), ALL_TIERS):
+            self._hooks.missing(fetch.keys[fetch.skip + len(slots) :])
         if fetch.aborted:
             if fetch.hold is not None:
                 self._link.release(fetch.hold.hold_id)
             return
         if fetch.hold is None:
             self._settle(sequence_id, fetch, 0)
-        elif not self.rule.worth_fetching(len(fetch.hold.slots)):
+        elif not self.rule.worth_fetching(_as_of_now(fetch), found):
             self.counters.num_not_worth += 1
             self._settle(sequence_id, fetch, 0)
         else:
@@ -209,12 +247,11 @@ class PrefixFetcher:
             fetch.loading = False
             seconds = time.monotonic() - started
             self.counters.fetch_s += seconds
-            if count:
-                self.rule.fetched(count, seconds)
+            found = collections.Counter(slot.tier for slot in slots[:count])
+            self.rule.fetched(found, seconds)
             if count < len(slots):
                 self.counters.num_corrupt += 1
                 fetch.doubtful = fetch.keys[fetch.num_cached + count]
-            found = collections.Counter(slot.tier for slot in slots[:count])
             self.counters.num_blocks.update(found)
             if found and not fetch.aborted:
                 self._attribute(sequence_id, found)
@@ -238,3 +275,10 @@ class PrefixFetcher:
         if num_valid_blocks:
             self._hooks.stage(sequence_id, "prefix_fetched")
         self._hooks.fetched(sequence_id, num_valid_blocks * self._block_size)
+
+
+def _as_of_now(fetch: _Fetch) -> Missing:
+    """What waited before it has been computed meanwhile."""
+    passed_s = time.monotonic() - fetch.opened_s
+    left_s = max(0.0, fetch.missing.queue_s - passed_s)
+    return dataclasses.replace(fetch.missing, queue_s=left_s)

@@ -364,9 +364,14 @@ class InstanceServer:
         )
 
     def _load(self) -> InstanceLoad:
+        samples = self.parts.loop.samples.take()
+        if self.parts.pool is not None:
+            # Newest first, and it is to be told in order.
+            for sample in reversed(samples):
+                self.parts.pool.fetcher.rule.stepped(sample)
         return dataclasses.replace(
             self.instance.load(),
-            samples=self.parts.loop.samples.take(),
+            samples=samples,
             num_steps=self.parts.loop.counters.num_steps,
             rss_bytes=self._process.memory_info().rss,
         )

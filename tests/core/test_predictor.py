@@ -170,14 +170,6 @@ def test_steps_of_one_shape_leave_the_rest_of_a_profile_in_proportion() -> None:
     assert online.predict(prefill_features(long)) == pytest.approx(2 * BASE.step_s(long), rel=0.3)
 
 
-def test_what_is_not_measured_any_more_drifts_back_to_its_start() -> None:
-    online = OnlineCosts(TRUE)
-    learn(online, samples(random.Random(1), 200, slower=8.0))
-    for _ in range(1000):
-        online.relax(0.02)
-    assert mean_error(online) < 0.05
-
-
 def test_an_instance_learns_both_kinds_of_steps() -> None:
     predictor, chance = InstancePredictor(), random.Random(7)
     assert not predictor.learnt

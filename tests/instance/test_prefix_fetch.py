@@ -93,7 +93,7 @@ async def test_what_was_evicted_here_between_asking_and_reserving_leaves_no_hole
 async def test_what_is_not_worth_it_is_let_go(tmp_path: Path) -> None:
     async with fetching(tmp_path) as (pool, bench):
         await pool.put(KEYS)
-        bench.rule._policy = "never"
+        bench.rule.policy = "never"
         bench.fetcher.open("r", KEYS, 0)
         assert await bench.ended() == 0
         assert bench.fetcher.counters.num_not_worth == 1

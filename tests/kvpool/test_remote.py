@@ -144,6 +144,26 @@ async def test_a_prefix_comes_from_the_other_machine(cluster: Cluster, tmp_path:
         await known(cluster, "pool-b", metas)
 
 
+async def test_only_tiers_that_were_named_are_looked_in(cluster: Cluster, tmp_path: Path) -> None:
+    """One who would rather compute than wait for the others."""
+    metas, disk = chain("a", 4), tmp_path / "disk"
+    async with machine(tmp_path, "first", cluster, tier=spec(disk=disk)) as (_, link):
+        await store_at(link, metas[:2])
+    async with (
+        machine(tmp_path, "a", cluster) as (_, link_a),
+        machine(tmp_path, "b", cluster, tier=spec(disk=disk)) as (_, link_b),
+    ):
+        await store_at(link_a, metas)
+        await known(cluster, "pool-a", metas)
+        keys = keys_of(metas)
+        assert await link_b.hold(keys, skip=0, timeout_s=WAIT_S, tiers=(HOST,)) is None
+        found = await link_b.hold(keys, skip=0, timeout_s=WAIT_S, tiers=(HOST, Tier.DISK))
+        assert found is not None
+        assert [slot.tier for slot in found.slots] == [Tier.DISK] * 2
+        link_b.release(found.hold_id)
+        assert await found_by(link_b, metas) == [HOST] * 2 + [REMOTE] * 2
+
+
 async def test_a_disk_of_the_other_machine(cluster: Cluster, tmp_path: Path) -> None:
     metas, disk = chain("a", 4), tmp_path / "disk"
     async with machine(tmp_path, "first", cluster, tier=spec(disk=disk)) as (_, link):

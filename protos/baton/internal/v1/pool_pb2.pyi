@@ -524,6 +524,7 @@ class HoldPrefixRequest(_message.Message):
     LEASE_S_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     LOCAL_ONLY_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     skip: _builtins.int
     """leading blocks that the asker has"""
@@ -536,6 +537,10 @@ class HoldPrefixRequest(_message.Message):
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """of the whole prefix"""
 
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """to bring blocks up from, and no others; none named: all"""
+
     def __init__(
         self,
         *,
@@ -545,10 +550,11 @@ class HoldPrefixRequest(_message.Message):
         lease_s: _builtins.float = ...,
         timeout_s: _builtins.float = ...,
         local_only: _builtins.bool = ...,
+        tiers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "lease_s", b"lease_s", "local_only", b"local_only", "owner", b"owner", "skip", b"skip", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "lease_s", b"lease_s", "local_only", b"local_only", "owner", b"owner", "skip", b"skip", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
