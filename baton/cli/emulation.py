@@ -35,10 +35,16 @@ def fill_from_profile(values: dict[str, Any]) -> None:
 
 
 def predicted_costs(config: ServeConfig) -> CostModel | None:
-    """What the controller's predictions start from; ``None``: what it measures. Raises ConfigError
-    for a profile that cannot be read."""
-    path = config.controller.profile
-    return None if path is None else load_profile(Path(path).expanduser()).cost
+    """What the controller's predictions start from; ``None``: what it measures.
+
+    Emulated instances are known: their own profile, unless another is named, with its time dilated
+    as theirs is. Raises ConfigError for a profile that cannot be read.
+    """
+    path = config.controller.profile or config.engine.profile
+    if path is None:
+        return None
+    cost = load_profile(Path(path).expanduser()).cost
+    return cost.dilated(config.engine.time_dilation)
 
 
 def real_pool(config: ServeConfig, slot_bytes: int) -> PoolConfig:

@@ -59,6 +59,10 @@ class StepCosts:
                     f"{field.name} must not be negative, got {getattr(self, field.name)}"
                 )
 
+    def dilated(self, factor: float) -> StepCosts:
+        """Everything takes so many times as long."""
+        return StepCosts(self.overhead_s * factor, self.item_s * factor, self.context_s * factor)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinkCosts:
@@ -74,6 +78,10 @@ class LinkCosts:
     def seconds(self, num_bytes: float) -> float:
         """For one transfer."""
         return self.latency_s + num_bytes / self.bytes_per_s
+
+    def dilated(self, factor: float) -> LinkCosts:
+        """Everything takes so many times as long."""
+        return LinkCosts(self.latency_s * factor, self.bytes_per_s / factor)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,6 +133,16 @@ class CostModel:
         if tier == "device" or num_tokens <= 0:
             return 0.0
         return self.tiers.get(tier, self.handoff).seconds(num_tokens * self.kv_bytes_per_token)
+
+    def dilated(self, factor: float) -> CostModel:
+        """Everything takes so many times as long."""
+        return dataclasses.replace(
+            self,
+            prefill=self.prefill.dilated(factor),
+            decode=self.decode.dilated(factor),
+            handoff=self.handoff.dilated(factor),
+            tiers={name: link.dilated(factor) for name, link in self.tiers.items()},
+        )
 
     def chunk_for(self, limit_s: float, num_decodes: int, decode_context: int, start: int) -> int:
         """The most prompt tokens, after ``start`` others, that a step beside these decodes may

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from baton.core.clock import Clock, SystemClock
 from baton.core.config import EngineConfig
-from baton.core.cost_model import CostModel, Profile
+from baton.core.cost_model import CostModel
 from baton.core.request import TokenLogprobs
 from baton.engine.checkpoint import Checkpoint
 from baton.engine.fingerprints import Words, draw, fingerprints, mix
@@ -46,40 +46,38 @@ between them is this host's delay, which a device with a queue of its own would 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Emulation:
-    """A profile, and how many times slower than it everything is to be."""
+    """How long everything is to take."""
 
-    profile: Profile
-    dilation: float = 1.0
+    cost: CostModel
+    """Dilated."""
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Emulation:
         """Of ``device: emulated``. Raises ConfigError for a profile that cannot be read."""
         assert config.profile is not None, "device emulated has a profile"
-        return cls(load_profile(Path(config.profile)), config.time_dilation)
+        return cls(load_profile(Path(config.profile)).cost.dilated(config.time_dilation))
 
     def runner(
         self, checkpoint: Checkpoint, config: EngineConfig, buffer: memoryview
     ) -> EmulatedRunner:
         """For an instance whose ``config.num_blocks`` KV blocks lie in ``buffer``."""
         return EmulatedRunner(
-            self.profile.cost,
+            self.cost,
             buffer,
             num_blocks=config.kv_blocks,
             block_size=config.block_size,
             vocab_size=checkpoint.config.vocab_size,
             avoid=checkpoint.eos_token_ids,
-            dilation=self.dilation,
             queued=config.async_scheduling,
         )
 
     def handoff_s(self, num_tokens: int) -> float:
         """How long so many tokens take from a prefill to a decode instance."""
-        return self.dilation * self.profile.cost.handoff_s(num_tokens)
+        return self.cost.handoff_s(num_tokens)
 
     def fetch_s(self, num_tokens: Mapping[str, int]) -> float:
         """How long a prefix takes out of the pool: tokens by tier."""
-        cost = self.profile.cost
-        return self.dilation * sum(cost.fetch_s(tier, count) for tier, count in num_tokens.items())
+        return sum(self.cost.fetch_s(tier, count) for tier, count in num_tokens.items())
 
 
 class _Slot:
@@ -118,7 +116,6 @@ class EmulatedRunner:
         block_size: int,
         vocab_size: int,
         avoid: Sequence[int] = (),
-        dilation: float = 1.0,
         queued: bool = True,
         clock: Clock | None = None,
     ) -> None:
@@ -130,7 +127,6 @@ class EmulatedRunner:
         self._vocab_size = vocab_size
         self._avoid = sorted(set(avoid))
         self._cost = cost
-        self._dilation = dilation
         self._queued = queued
         self._slack_s = 0.0
         self._clock = clock or SystemClock()
@@ -151,7 +147,7 @@ class EmulatedRunner:
         since_last = entered - self._free_at
         begun = self._free_at if 0 <= since_last < self._slack_s else entered
         rows = self._compute(plan)
-        step_s = self._dilation * self._cost.step_s(shape_of(plan))
+        step_s = self._cost.step_s(shape_of(plan))
         ends = begun + step_s
         self._slack_s = max(_MIN_SLACK_S, _SLACK * step_s) if self._queued else 0.0
         now = self._clock.now()

@@ -11,7 +11,7 @@ import pytest
 
 from baton.core.clock import SystemClock
 from baton.core.config import EngineConfig
-from baton.core.cost_model import CostModel, LinkCosts, Profile, StepCosts, StepShape
+from baton.core.cost_model import CostModel, LinkCosts, StepCosts, StepShape
 from baton.core.request import Part, SamplingParams, Submission
 from baton.engine.emulated import EmulatedRunner, Emulation
 from baton.engine.engine import Engine
@@ -36,16 +36,15 @@ COST = CostModel(
 class Instance:
     """A runner and the memory of its blocks."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, cost: CostModel = COST) -> None:
         self.memory = bytearray(NUM_BLOCKS * BLOCK_SIZE * 8)
         self.runner = EmulatedRunner(
-            COST,
+            cost,
             memoryview(self.memory),
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             vocab_size=VOCABULARY,
             avoid=EOS,
-            **values,
         )
         self.step = 0
 
@@ -219,7 +218,7 @@ def test_a_real_engine_gets_the_same_tokens_through_cache_and_preemption() -> No
 
 
 def test_a_step_takes_what_the_profile_says_and_a_wait_ends_with_the_runner() -> None:
-    slow = Instance(dilation=2e4)  # 20 ms and more
+    slow = Instance(COST.dilated(2e4))  # 20 ms and more
     clock = SystemClock()
     started = clock.now()
     slow.prefill(0, prompt_of(9), [1, 2, 3])
@@ -229,8 +228,7 @@ def test_a_step_takes_what_the_profile_says_and_a_wait_ends_with_the_runner() ->
 
 
 def test_transfers_take_what_the_profile_says_times_the_dilation() -> None:
-    profile = Profile("p", "derived", COST, 100, 100, 4, 8)
-    emulation = Emulation(profile, 3.0)
+    emulation = Emulation(COST.dilated(3.0))
     assert emulation.handoff_s(50) == pytest.approx(3 * (0.25 + 500 / 1000))
     assert emulation.fetch_s({"disk": 10, "device": 99}) == pytest.approx(3 * (0.5 + 100 / 100))
 
