@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from baton.core.clock import VirtualClock
 from baton.core.cluster import Placement
 from baton.core.config import ControllerConfig
+from baton.core.policy_config import AdmissionConfig
 from controller import events
 from controller.core import ControllerCore
 from controller.events import Command, Event
@@ -18,6 +20,9 @@ from controller.membership import InstanceState
 from tests.controller.controller_helpers import idle_load, make_info, only
 
 CONFIG = ControllerConfig(max_queued_placements=5, trace_capacity=10)
+LIMITED = dataclasses.replace(
+    CONFIG, admission=AdmissionConfig(max_open_per_instance=2, offline_wait_s=5.0)
+)
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 ROLES = st.sampled_from(["prefill", "decode", "mixed"])
 
@@ -25,10 +30,12 @@ ROLES = st.sampled_from(["prefill", "decode", "mixed"])
 class ControllerMachine(RuleBasedStateMachine):
     """Members come, go, die, switch roles and drain; requests are placed and end."""
 
+    config = CONFIG
+
     def __init__(self) -> None:
         super().__init__()
         self.clock = VirtualClock()
-        self.core = ControllerCore(CONFIG, epoch=1)
+        self.core = ControllerCore(self.config, epoch=1)
         self.history: list[tuple[float, Event | None]] = []
         self.commands: list[Command] = []
         self.ids = 0
@@ -186,12 +193,24 @@ class ControllerMachine(RuleBasedStateMachine):
 
     # Requests
 
-    @rule(count=st.integers(1, 3), max_new=st.sampled_from([1, 10]), priority=st.integers(0, 1))
-    def place(self, count: int, max_new: int, priority: int) -> None:
+    @rule(
+        count=st.integers(1, 3),
+        max_new=st.sampled_from([1, 10]),
+        priority=st.integers(-1, 1),
+        tenant=st.sampled_from(["", "t"]),
+        deadline_s=st.sampled_from([None, 2.0]),
+    )
+    def place(
+        self, count: int, max_new: int, priority: int, tenant: str, deadline_s: float | None
+    ) -> None:
         queries = []
         for _ in range(count):
             self.ids += 1
-            queries.append(events.PlaceQuery(f"r{self.ids}", 0, 10, max_new, priority))
+            name = f"r{self.ids}"
+            query = events.PlaceQuery(
+                name, 0, 10, max_new, priority, tenant=tenant, deadline_s=deadline_s
+            )
+            queries.append(query)
         before = {n: r.state for n, r in self.core.state.instances.items()}
         commands = self.feed(self.batch(*queries))
         for reply in only(commands, events.Placed):
@@ -214,6 +233,23 @@ class ControllerMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.placed)))
         query = events.PlaceQuery(name, self.placed[name] + 1, 10, 5, budget_s=0.0, exclude=("a",))
         self.feed(self.batch(query))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.placed)
+    def bind(self, data: st.DataObject) -> None:
+        """Ask for the decode side once more."""
+        name = data.draw(st.sampled_from(sorted(self.placed)))
+        known = self.core.state.open.get(name)
+        if known is None:
+            return
+        prefill = known.prefill
+        query = events.PlaceQuery(name, known.attempt, 10, 5, bind_to=prefill.instance_id)
+        results = only(self.feed(self.batch(query)), events.Placed)[0].results
+        if isinstance(results[0], Placement):
+            assert results[0].prefill.instance_id == prefill.instance_id
+            assert self.core.state.open[name].decode == results[0].decode
+        else:
+            assert self.core.state.open[name] == known
 
     @rule(data=st.data())
     @precondition(lambda self: self.calls - self.answered - self.gone)
@@ -259,7 +295,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @invariant()
     def the_queue_is_bounded_and_has_deadlines(self) -> None:
         placements = self.core.placements
-        assert placements.num_queued <= CONFIG.max_queued_placements
+        assert placements.num_queued <= self.config.max_queued_placements
         for number in placements._queue:
             assert ("queue", number) in self.core.state.deadlines._at
         entries = [placements._entries[number] for number in placements._queue]
@@ -268,8 +304,9 @@ class ControllerMachine(RuleBasedStateMachine):
         assert priorities == sorted(priorities, reverse=True)
 
     def teardown(self) -> None:
-        for name in list(self.placed):
-            attempts = (events.AttemptEnded(name, self.placed[name]),)
+        while self.placed:  # what ends makes room for what waits
+            name, attempt = self.placed.popitem()
+            attempts = (events.AttemptEnded(name, attempt),)
             ended = events.RequestEnded(name, "stop", attempts=attempts)
             self.feed(events.OutcomesReported("g", (ended,)))
         for name in list(self.sessions):
@@ -287,7 +324,7 @@ class ControllerMachine(RuleBasedStateMachine):
 
     def replayed(self) -> None:
         """The same events at the same times give the same commands."""
-        core = ControllerCore(CONFIG, epoch=1)
+        core = ControllerCore(self.config, epoch=1)
         commands: list[Command] = []
         for now, event in self.history:
             commands += core.on_tick(now) if event is None else core.on_event(event, now)
@@ -298,3 +335,13 @@ ControllerMachine.TestCase.settings = settings(
     max_examples=80, stateful_step_count=50, deadline=None
 )
 TestControllerMachine = ControllerMachine.TestCase
+
+
+class LimitedMachine(ControllerMachine):
+    """The same with room for two requests per instance."""
+
+    config = LIMITED
+
+
+LimitedMachine.TestCase.settings = ControllerMachine.TestCase.settings
+TestLimitedMachine = LimitedMachine.TestCase
