@@ -20,10 +20,12 @@ from controller.elastic import RoleAutomation
 from controller.events import Command, Event, Failure
 from controller.membership import InstanceEvent, InstanceState
 from controller.placements import PlacementDesk
-from controller.planner import NullPlanner, RolePlanner
+from controller.planner import RolePlanner
 from controller.policies import make_policy
 from controller.policies.base import PlacementPolicy
+from controller.predictions import Predictions
 from controller.roles import RoleDesk
+from controller.slo_planner import SloPlanner
 from controller.state import ClusterState, InstanceRecord, epoch_of
 from controller.traces import RequestTrace, TraceBook
 
@@ -52,10 +54,10 @@ class ControllerCore:
     ) -> None:
         """``policy``: instead of the one that ``config`` names. ``costs``: what predictions start
         from, of every instance. ``weights``: of service classes, for their tenants' shares of the
-        queue. ``planner``: who switches roles beside operators; default: nobody.
+        queue. ``planner``: who switches roles beside operators; default: by service levels.
         ``run_id`` is equal for all controllers of one run of the cluster; what a planner chose in
         another is forgotten. ``now + wall_offset_s`` is Unix time."""
-        self._costs = costs
+        self.predictions = Predictions(costs)
         self._config = config
         stored = stored or {}
         drained = {
@@ -70,7 +72,7 @@ class ControllerCore:
         self.automation = RoleAutomation(
             self.state,
             self._roles,
-            planner or NullPlanner(),
+            planner or SloPlanner(self.predictions.model),
             config.roles,
             num_queued=lambda: self.placements.num_queued,
             stored=stored,
@@ -191,8 +193,8 @@ class ControllerCore:
         record.info = _with(info, record.info.incarnation, role)
         assert record.row is not None
         state.columns.set_info(record.row, record.info)
-        if self._costs is not None:
-            state.columns.set_costs(record.row, self._costs)
+        self.predictions.join(record.info)
+        self._set_costs(record)
         record.role_unsure = False
         self.automation.registered(record, now)
         state.changed = True
@@ -225,10 +227,18 @@ class ControllerCore:
         state.deadlines.set(("instance", event.instance_id), now + self._config.dead_after_s)
         assert record.row is not None
         state.columns.set_load(record.row, event.load)
+        if self.predictions.observe(event.instance_id, record.info.role, event.load):
+            self._set_costs(record)
         state.settle(record, now)
         for ack in event.acks:
             self._roles.acked(record, ack, now)
         self._drains.loaded(record)
+
+    def _set_costs(self, record: InstanceRecord) -> None:
+        """Let placement go by what is predicted of an instance now."""
+        model = self.predictions.model(record.info.instance_id)
+        if model is not None and record.row is not None:
+            self.state.columns.set_costs(record.row, model)
 
     def _session_opened(self, record: InstanceRecord, event: events.Heartbeat) -> None:
         state = self.state
@@ -293,6 +303,7 @@ class ControllerCore:
         state.columns.remove(record.row)
         record.row = None
         record.fresh.clear()
+        self.predictions.forget(name)
         del state.instances[name]
         state.deadlines.clear(("instance", name))
         state.recently_dead.append(record)
@@ -330,6 +341,7 @@ class ControllerCore:
     def _outcomes(self, event: events.OutcomesReported, now: float) -> None:
         for outcome in event.outcomes:
             self.traces.ended(outcome)
+            self.predictions.ended(self.traces.get(outcome.request_id))
             self.automation.reported(outcome, now)
             self.placements.lengths.ended(outcome)
             self.placements.reported(outcome, now)

@@ -259,7 +259,14 @@ class PlacementDesk:
             self._offline_open.add(query.request_id)
         else:
             self._pressure.placed(query, choice, now)
-        self._traces.placed(query, placement, choice.reason, choice.num_candidates)
+        self._traces.placed(
+            query,
+            placement,
+            choice.reason,
+            choice.num_candidates,
+            predicted_ttft_s=choice.predicted_ttft_s,
+            predicted_tpot_s=choice.predicted_tpot_s,
+        )
         return placement
 
     def _choose(self, query: PlaceQuery, now: float, *, offline: bool) -> Choice | NoChoice:

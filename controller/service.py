@@ -18,6 +18,7 @@ from controller.drains import DRAIN_KEY_PREFIX
 from controller.elastic import PAUSE_KEY_PREFIX
 from controller.metrics import ControllerMetrics
 from controller.planner import RolePlanner
+from controller.prediction_metrics import PredictionCollector
 from controller.role_choices import ROLE_KEY_PREFIX
 from controller.servicers import ClusterServicer, ControllerServicer, add_servicers
 from controller.shell import ControllerShell
@@ -147,6 +148,7 @@ class ControllerService:
             run_id=self._run_id,
             wall_offset_s=self._clock.wall() - self._clock.now(),
         )
+        self._metrics.registry.register(PredictionCollector(core.predictions.errors))
         self._shell = ControllerShell(core, self._clock, self._writer, self._metrics)
         constants = cluster_pb2.ClusterStatus(
             cluster=self._cluster,

@@ -1,4 +1,4 @@
-"""Plans roles so that demand, as predicted, fits what the instances can do within the targets. Pure.
+"""Plans roles so that the demand that is predicted fits the instances. Pure.
 
 Demand is counted in instances. *Prefill*: seconds of prefill work that arrive per second, and the
 work that waits, which is to be gone within a TTFT. *Decode*: tokens that are asked for per second,
@@ -124,8 +124,8 @@ class SloPlanner:
                 query.num_prompt_tokens, min(cached, query.num_prompt_tokens)
             )
         output = self._output_tokens.get(query.service_class)
-        output = query.max_new_tokens / 2 if output is None else output
-        output = min(output, query.max_new_tokens)
+        # While nothing is known of outputs, what decodes there are tells the demand.
+        output = 0.0 if output is None else min(output, query.max_new_tokens)
         for window in (self._short, self._long):
             window.add(now, prefill_s, output)
         self._prompt_tokens += 0.02 * (query.num_prompt_tokens - self._prompt_tokens)
