@@ -91,7 +91,8 @@ class Bench:
     ) -> events.Registered | Failure:
         call_id = self.next_id()
         commands = self.feed(events.RegisterInstance(call_id, info, known_epoch, draining))
-        failed = only(commands, events.CallFailed)
+        # An earlier life's calls may end too.
+        failed = [c for c in only(commands, events.CallFailed) if c.call_id == call_id]
         if failed:
             return failed[0].failure
         reply = only(commands, events.Registered)[0]
