@@ -81,6 +81,7 @@ def test_every_token_over_http_is_right(emulated: Cluster) -> None:
     assert values_of(emulated, "baton_emulated_faults_total") == 0
     assert values_of(emulated, "baton_handoffs_total{result=arrived,side=decode}") > 0
     assert values_of(emulated, "baton_cached_tokens_total") > 0
+    assert values_of(emulated, "baton_kv_fetched_blocks_total{tier=host}") > 0
     assert_nothing_held(emulated, within_s=10.0)
 
 
