@@ -362,7 +362,12 @@ class SubmissionRun:
         item = await self._inbox.get(journal.gap_due_s(self._last_heard_s()) - clock.now())
         now = clock.now()
         if item is None:
-            return [], journal.gap(self._last_heard_s(), now)
+            loss = journal.gap(self._last_heard_s(), now)
+            if loss is not None and journal.state is State.STREAMING:
+                # Prefill did its part.
+                silent = [t.instance_id for t, p in self._parts.items() if p is not Part.PREFILL]
+                loss = dataclasses.replace(loss, instance_id=next(iter(silent), None))
+            return [], loss
         if isinstance(item, Output):
             deltas, loss = journal.accept(item.output, item.target.instance_id, now)
             if any(delta.token_ids for delta in deltas):
