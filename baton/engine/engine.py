@@ -23,6 +23,7 @@ import numpy.typing as npt
 from baton.core.blocks import BlockKey
 from baton.core.cluster import InstanceLoad
 from baton.core.config import EngineConfig
+from baton.core.cost_model import CostModel
 from baton.core.errors import Code, InvalidRequest, Refused, Stage
 from baton.core.request import Part, Submission, TokenLogprobs
 from baton.engine.block_manager import BlockManager, BlockStatistics
@@ -71,13 +72,20 @@ class Engine:
             generations=generations,
             track_changes=self._track_cache,
         )
-        self._scheduler = Scheduler(config, self._blocks)
+        self._scheduler = self._make_scheduler()
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
         self._num_steps = 0
         self._num_finished = 0
         self._late_events: list[Event] = []
         """Events of calls that return none; the next ``admit`` or ``commit`` does."""
+
+    def _make_scheduler(self) -> Scheduler:
+        return Scheduler(self.config, self._blocks)
+
+    def set_cost_model(self, model: CostModel | None) -> None:
+        """With one, prompt chunks are no larger than the TPOT targets of a step's decodes allow."""
+        self._scheduler.cost_model = model
 
     # Submissions.
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from baton.core.config import EngineConfig
+from baton.core.cost_model import CostModel
 from baton.core.philox import uniforms
 from baton.core.request import Part
 from baton.engine.block_manager import BlockManager
@@ -43,6 +44,13 @@ _RUNNING, _READY = _S.RUNNING, _S.READY
 """A member looked up in its class takes as long as all the rest of a comparison."""
 
 
+TPOT_SHARE = 0.8
+"""Of a TPOT target that a step with prompts in it may take: the way from prefill to decode, and the
+step that it finds running there, take some of it too."""
+_TYPICAL_START = 1024
+"""Tokens before a chunk, where its attention is estimated."""
+
+
 class PlannedRow(NamedTuple):
     """Which sequence a row of an uncommitted plan belongs to, whatever its state is by now."""
 
@@ -51,7 +59,7 @@ class PlannedRow(NamedTuple):
     lineage: int
 
 
-class _Draft(NamedTuple):
+class Draft(NamedTuple):
     """A row before its uniform is drawn. Fields in the order of ``SequenceStep``."""
 
     sequence: Sequence
@@ -80,6 +88,11 @@ class Scheduler:
         """Finished sequences that an uncommitted plan still contains."""
         self._plans: deque[tuple[StepPlan, tuple[PlannedRow, ...]]] = deque()
         self._num_steps = 0
+        self.cost_model: CostModel | None = None
+        """With it, prompt chunks beside decodes are no larger than their TPOT targets allow."""
+        self._smallest_chunk = max(16, blocks.block_size // 2)
+        self._num_implied = 0
+        """Tokens of the step that ``_draft`` makes no rows for; see ``CompactScheduler``."""
         self._num_short = 0
         """Sequences that sat out the last step for want of a block."""
         self.preempted: list[str] = []
@@ -169,15 +182,15 @@ class Scheduler:
         self._plans.append((plan, planned))
         return plan
 
-    def _draft(self, begins: list[SlotBegin]) -> list[_Draft]:
+    def _draft(self, begins: list[SlotBegin]) -> list[Draft]:
         self._num_short = 0
-        running, ready = self._queues[_S.RUNNING], self._queues[_S.READY]
+        ready = self._queues[_S.READY]
         num_victims = len(self._queues[_S.PREEMPTED]) + self.num_preemptions
-        order: Iterable[Sequence] = list(running)
+        order: Iterable[Sequence] = self._running()
         if ready:
             order = heapq.merge(order, list(ready), key=lambda item: item.rank)
-        budget = self._max_num_batched_tokens
-        drafts: list[_Draft] = []
+        budget = self._max_num_batched_tokens - self._num_implied
+        drafts: list[Draft] = []
         prefills: list[Sequence] = []
         for sequence in order:
             state = sequence.state
@@ -188,8 +201,9 @@ class Scheduler:
             elif (sequence.slot is not None or self._free_slots) and self._grow(sequence):
                 drafts.append(self._row(sequence, 1, begins))
                 budget -= 1
+        budget = min(budget, self._chunk_limit(drafts))
         for sequence in prefills:
-            if not budget:
+            if budget <= 0:
                 return drafts
             if sequence.state not in (_RUNNING, _READY):
                 continue
@@ -205,7 +219,7 @@ class Scheduler:
             return drafts  # memory is short: nobody new
         pending = self._queues[_S.PENDING_BLOCKS].first
         for sequence in list(self._queues[_S.WAITING]):
-            if not budget or not self._free_slots:
+            if budget <= 0 or not self._free_slots:
                 break
             if not self._give_blocks(sequence, ahead=pending):
                 break
@@ -214,7 +228,32 @@ class Scheduler:
             budget -= chunk
         return drafts
 
-    def _row(self, sequence: Sequence, num_tokens: int, begins: list[SlotBegin]) -> _Draft:
+    def _running(self) -> list[Sequence]:
+        """Running sequences that this step has to look at, by rank."""
+        return list(self._queues[_RUNNING])
+
+    def _chunk_limit(self, decodes: list[Draft]) -> int:
+        """Prompt tokens that this step may compute beside its decodes."""
+        if self.cost_model is None or not decodes:
+            return self._max_num_batched_tokens
+        targets = [
+            tpot_s
+            for draft in decodes
+            if (tpot_s := draft.sequence.submission.slo.tpot_s) is not None
+        ]
+        if not targets:
+            return self._max_num_batched_tokens
+        context = sum(draft.start for draft in decodes)
+        return self._chunk_beside(min(targets), len(decodes), context)
+
+    def _chunk_beside(self, tpot_s: float, num_decodes: int, context: int) -> int:
+        """So much that the decodes still meet ``tpot_s``; never 0, or prompts would starve."""
+        assert self.cost_model is not None
+        limit_s = tpot_s * TPOT_SHARE
+        chunk = self.cost_model.chunk_for(limit_s, num_decodes, context, _TYPICAL_START)
+        return max(chunk, self._smallest_chunk)
+
+    def _row(self, sequence: Sequence, num_tokens: int, begins: list[SlotBegin]) -> Draft:
         """Plan ``num_tokens`` tokens of a sequence, which starts if it does not run yet."""
         slot = sequence.slot
         if slot is None:
@@ -228,7 +267,7 @@ class Scheduler:
         end = start + num_tokens
         known = len(sequence.token_ids)
         sample = end >= known
-        draft = _Draft(
+        draft = Draft(
             sequence,
             slot,
             start,
@@ -378,7 +417,7 @@ class Scheduler:
                     assert not shared, f"step {plan.step} writes to shared block {block}"
 
 
-def _with_uniforms(drafts: list[_Draft]) -> tuple[SequenceStep, ...]:
+def _with_uniforms(drafts: list[Draft]) -> tuple[SequenceStep, ...]:
     """Finish the rows: one vectorised draw for all that sample and are not greedy."""
     drawing = [
         (draft.sequence.submission, draft.output_index)

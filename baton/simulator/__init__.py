@@ -1,0 +1,1 @@
+"""The cluster in virtual time: the product's own controller core, scheduler and block manager."""
