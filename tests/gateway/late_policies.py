@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from controller.columns import PlacementView
@@ -33,3 +35,19 @@ class GuessThenStay(_GuessThenBind):
     """Guesses decode-0, binds where prefill was: it takes decode too by then."""
 
     bound = "prefill-0"
+
+
+class InOrder:
+    """The instance whose name comes first; remembers what it was asked."""
+
+    name = "in-order"
+    colocates = False
+    seen: ClassVar[list[PlaceQuery]] = []
+
+    def score(self, query: PlaceQuery, view: PlacementView, now: float, draw: int) -> Scores:
+        """See ``PlacementPolicy``."""
+        self.seen.append(query)
+        costs = np.zeros(len(view.live))
+        for place, name in enumerate(sorted(view.row_of)):
+            costs[view.row_of[name]] = place
+        return Scores(costs, costs)

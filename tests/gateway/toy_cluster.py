@@ -14,7 +14,7 @@ import httpx
 
 from baton.client import AsyncBatonClient, GenerateChunk, generate_request
 from baton.core.config import ControllerConfig, GatewayConfig
-from baton.core.policy_config import ServiceConfig
+from baton.core.policy_config import AdmissionConfig, ServiceConfig
 from baton.gateway.server import GatewayServer
 from baton.gateway.settings import GatewaySettings
 from controller.service import ControllerService
@@ -65,14 +65,24 @@ def joined(chunks: list[GenerateChunk], choice: int = 0) -> list[int]:
     return [token for chunk in mine for token in chunk.token_ids]
 
 
-def controller_service(tmp_path: Path, port: int = 0, *, policy: str = "slo") -> ControllerService:
+def controller_service(
+    tmp_path: Path,
+    port: int = 0,
+    *,
+    policy: str = "slo",
+    max_open_per_instance: int | None = None,
+) -> ControllerService:
     return ControllerService(
         cluster="toy",
         host="127.0.0.1",
         port=port,
         store_url="memory",
         config=ControllerConfig(
-            heartbeat_s=0.5, dead_after_s=1.5, queue_timeout_s=1.0, policy=policy
+            heartbeat_s=0.5,
+            dead_after_s=1.5,
+            queue_timeout_s=1.0,
+            policy=policy,
+            admission=AdmissionConfig(max_open_per_instance=max_open_per_instance),
         ),
         model="tiny",
         store=MemoryStore("toy", directory=tmp_path),
@@ -93,10 +103,17 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def toy_cluster(
-    tmp_path: Path, model_dir: Path, *, policy: str = "slo", service: ServiceConfig | None = None
+    tmp_path: Path,
+    model_dir: Path,
+    *,
+    policy: str = "slo",
+    service: ServiceConfig | None = None,
+    max_open_per_instance: int | None = None,
 ) -> AsyncIterator[Toy]:
     async with contextlib.AsyncExitStack() as stack:
-        controller = controller_service(tmp_path, policy=policy)
+        controller = controller_service(
+            tmp_path, policy=policy, max_open_per_instance=max_open_per_instance
+        )
         await controller.start()
         instances = {name: ToyInstance(name) for name in ("prefill-0", "decode-0", "decode-1")}
         for name, instance in instances.items():
