@@ -24,7 +24,7 @@ from baton.engine.block_manager import BlockManager
 from baton.engine.engine import Engine
 from baton.engine.events import Event, TokensReady
 from baton.engine.plan import RowResult, SlotBegin, StepPlan, StepResult
-from baton.engine.prefixes import register_blocks
+from baton.engine.prefixes import completed_prefix, register_blocks
 from baton.engine.scheduler import Draft, Scheduler
 from baton.engine.sequence import Rank, Sequence
 from baton.engine.states import SequenceEvent, SequenceState
@@ -79,6 +79,8 @@ class CompactScheduler(Scheduler):
         for sequence in list(self._busy):
             if sequence.num_uncomputed != 1 or sequence.num_plans or sequence.draws_last_token:
                 continue
+            if len(sequence.token_ids) == sequence.num_prompt_tokens:
+                continue  # the last token of its prompt
             del self._busy[sequence]
             step = self._steady[sequence] = self.step
             self._base += sequence.num_computed - step
@@ -112,19 +114,19 @@ class CompactScheduler(Scheduler):
 
     def _take_due(self, at: int, kind: int) -> list[Sequence]:
         """Steady sequences to which this happens at step ``at`` or did before."""
-        found: list[Sequence] = []
+        found: dict[Sequence, None] = {}  # who was steady twice in one step has two equal entries
         others = []
         while self._due and self._due[0][0] <= at:
             entry = heapq.heappop(self._due)
             if self._steady.get(entry[4]) != entry[3]:
                 continue  # it has not been steady all the time since
             if entry[1] == kind:
-                found.append(entry[4])
+                found[entry[4]] = None
             else:
                 others.append(entry)
         for entry in others:
             heapq.heappush(self._due, entry)
-        return found
+        return list(found)
 
     def take_last(self) -> list[Sequence]:
         """Steady sequences that drew their last token in the step just committed, by rank; no
@@ -224,6 +226,8 @@ class CompactEngine(Engine):
                     sequence.request_id, index, (0,), (), FinishReason.LENGTH, None, cached, ()
                 )
             )
+            if self._track_cache and sequence.num_registered:
+                events.append(completed_prefix(sequence, self._blocks))
             self._end(sequence, _E.FINISH)
             self._num_finished += 1
         if plan is None:
