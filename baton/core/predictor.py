@@ -172,12 +172,13 @@ class OnlineCosts:
             self._ratios.clear()
             return False
         self._ratios.append(ratio)
+        del self._ratios[:-_NUM_LAST]
         return max(self._off_up, self._off_down) >= _CHANGE
 
     def _changed(self) -> None:
         """All became slower, or faster, as the last ones say. The first ones may be from before;
         strays do not move the median."""
-        ratio = statistics.median(self._ratios[-_NUM_LAST:])
+        ratio = statistics.median(self._ratios)
         self._anchor = _three(ratio * value for value in self._anchor)
         self._matrix = _six(value / ratio**2 for value in self._matrix)
         self._vector = _three(value / ratio for value in self._vector)
@@ -189,14 +190,14 @@ class OnlineCosts:
 
     def _add(self, features: Features, seconds: float, scale_s: float) -> None:
         """One more line, relative to ``scale_s``."""
-        self._scale_past(self._fades)
-        x, y, z = (value / scale_s for value in features)
+        g, relative = self._fades, seconds / scale_s
+        x, y, z = features[0] / scale_s, features[1] / scale_s, features[2] / scale_s
         a, b, c, d, e, f = self._matrix
-        self._matrix = (a + x * x, b + x * y, c + x * z, d + y * y, e + y * z, f + z * z)
-        relative = seconds / scale_s
+        a, b, c = g * a + x * x, g * b + x * y, g * c + x * z
+        self._matrix = (a, b, c, g * d + y * y, g * e + y * z, g * f + z * z)
         u, v, w = self._vector
-        self._vector = (u + x * relative, v + y * relative, w + z * relative)
-        self._num_counted += 1.0
+        self._vector = (g * u + x * relative, g * v + y * relative, g * w + z * relative)
+        self._num_counted = g * self._num_counted + 1.0
 
     def _scale_past(self, factor: float) -> None:
         self._matrix = _six(factor * value for value in self._matrix)
@@ -206,48 +207,38 @@ class OnlineCosts:
     def _leverage(self, features: Features, scale_s: float) -> float:
         """How little is known where these features point: variance of the prediction over that of
         the noise."""
+        x, y, z = features
         if self._inverse is None:
-            largest = max(
-                (
-                    (value * x / scale_s) ** 2
-                    for value, x in zip(self._anchor, features, strict=True)
-                )
-            )
-            return largest / self._prior
-        scaled = (x * s / scale_s for x, s in zip(features, self._scales, strict=True))
-        return max(0.0, _quadratic(self._inverse, _three(scaled)))
+            u, v, w = self._anchor
+            return (max(u * x, v * y, w * z) / scale_s) ** 2 / self._prior
+        r, s, t = self._scales
+        scaled = (x * r / scale_s, y * s / scale_s, z * t / scale_s)
+        return max(0.0, _quadratic(self._inverse, scaled))
 
     def _solve(self) -> None:
         """The coefficients that fit best, none below zero; then the anchor follows them."""
         a, b, c, d, e, f = self._matrix
-        pulls = []
-        diagonal = (a, d, f)
-        for index in range(3):
-            reach = self._anchor[index]
-            if self._start is not None and self._start[index] > 0.0:
-                reach = max(reach, self._start[index])
-            elif diagonal[index] > 0.0:
-                reach = max(reach, _SMALL_SHARE / math.sqrt(diagonal[index] / self._num_counted))
-            # A feature that was never there needs no more than to be kept apart from zero.
-            pulls.append(self._prior / reach**2 if reach > 0.0 else 1.0)
-        a, d, f = a + pulls[0], d + pulls[1], f + pulls[2]
-        self._scales = s0, s1, s2 = (
-            1.0 / math.sqrt(a),
-            1.0 / math.sqrt(d),
-            1.0 / math.sqrt(f),
-        )
-        matrix = (1.0, b * s0 * s1, c * s0 * s2, 1.0, e * s1 * s2, 1.0)
-        wanted = _three(
-            s * (v + pull * anchor)
-            for s, v, pull, anchor in zip(
-                self._scales, self._vector, pulls, self._anchor, strict=True
-            )
-        )
+        (u, v, w), (x, y, z) = self._vector, self._anchor
+        p, q, r = self._pull(0, a), self._pull(1, d), self._pull(2, f)
+        i, j, k = 1.0 / math.sqrt(a + p), 1.0 / math.sqrt(d + q), 1.0 / math.sqrt(f + r)
+        self._scales = (i, j, k)
+        matrix = (1.0, b * i * j, c * i * k, 1.0, e * j * k, 1.0)
         self._inverse = _inverted(matrix)
-        solved = _not_negative(matrix, self._inverse, wanted)
-        self._values = _three(max(0.0, v * s) for v, s in zip(solved, self._scales, strict=True))
-        pairs = zip(self._anchor, self._values, strict=True)
-        self._anchor = _three(old + _ANCHOR_WEIGHT * (new - old) for old, new in pairs)
+        wanted = (i * (u + p * x), j * (v + q * y), k * (w + r * z))
+        u, v, w = _not_negative(matrix, self._inverse, wanted)
+        self._values = u, v, w = (max(0.0, u * i), max(0.0, v * j), max(0.0, w * k))
+        g = _ANCHOR_WEIGHT
+        self._anchor = (x + g * (u - x), y + g * (v - y), z + g * (w - z))
+
+    def _pull(self, index: int, seen: float) -> float:
+        """How much the anchor's coefficient counts; ``seen``: of its feature, in the matrix."""
+        reach = self._anchor[index]
+        if self._start is not None and self._start[index] > 0.0:
+            reach = max(reach, self._start[index])
+        elif seen > 0.0:
+            reach = max(reach, _SMALL_SHARE / math.sqrt(seen / self._num_counted))
+        # A feature that was never there needs no more than to be kept apart from zero.
+        return self._prior / reach**2 if reach > 0.0 else 1.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -370,11 +361,9 @@ def _quadratic(m: _Matrix, v: Features) -> float:
 def _inverted(m: _Matrix) -> _Matrix:
     """Of a positive definite matrix with ones on its diagonal."""
     _, b, c, _, e, _ = m
-    determinant = max(_LEAST_DETERMINANT, 1.0 + 2.0 * b * c * e - b * b - c * c - e * e)
-    return _six(
-        value / determinant
-        for value in (1.0 - e * e, c * e - b, b * e - c, 1.0 - c * c, b * c - e, 1.0 - b * b)
-    )
+    w = 1.0 / max(_LEAST_DETERMINANT, 1.0 + 2.0 * b * c * e - b * b - c * c - e * e)
+    first = (w * (1.0 - e * e), w * (c * e - b), w * (b * e - c))
+    return (*first, w * (1.0 - c * c), w * (b * c - e), w * (1.0 - b * b))
 
 
 def _not_negative(m: _Matrix, inverse: _Matrix, wanted: Features) -> Features:
