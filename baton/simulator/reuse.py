@@ -16,27 +16,36 @@ _SALT = b"a trace's pieces"
 def prompt_keys(request_id: str, item: TraceRequest, block_size: int) -> tuple[BlockKey, ...]:
     """Keys of all full blocks that a request will have: of named pieces of its prompt, and its own.
 
-    A trace names pieces of ``MOONCAKE_HASH_TOKENS`` tokens, so blocks have to be as large. What it
+    A trace names pieces of ``MOONCAKE_HASH_TOKENS`` tokens, which a block has to divide. What it
     does not name (outputs, prompts without names) is nobody else's.
     """
-    if item.hash_ids and block_size != MOONCAKE_HASH_TOKENS:
-        raise ConfigError(
-            f"the trace names pieces of {MOONCAKE_HASH_TOKENS} tokens; the profile's block_size "
-            f"has to be that, not {block_size}",
-            param="block_size",
-        )
+    named = _named_keys(item, block_size)
     num_full = (item.num_prompt_tokens + item.num_output_tokens) // block_size
-    named = _named_keys(item.hash_ids)[: item.num_prompt_tokens // block_size]
     own = range(len(named), num_full)
     return named + tuple(
         hashlib.blake2b(f"{request_id} {index}".encode(), digest_size=16).digest() for index in own
     )
 
 
-@functools.lru_cache(maxsize=1 << 15)
-def _named_keys(hash_ids: tuple[int, ...]) -> tuple[BlockKey, ...]:
+def _named_keys(item: TraceRequest, block_size: int) -> tuple[BlockKey, ...]:
+    """Of the prompt's full blocks, as far as they have names."""
+    if not item.hash_ids:
+        return ()
+    if MOONCAKE_HASH_TOKENS % block_size:
+        raise ConfigError(
+            f"the trace names pieces of {MOONCAKE_HASH_TOKENS} tokens, which is no multiple of the "
+            f"profile's block_size, {block_size}",
+            param="block_size",
+        )
+    keys = _keys_of(item.hash_ids, MOONCAKE_HASH_TOKENS // block_size)
+    return keys[: item.num_prompt_tokens // block_size]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _keys_of(hash_ids: tuple[int, ...], num_parts: int) -> tuple[BlockKey, ...]:
     # Chained, so that a key names its whole prefix even where a trace's ids do not.
-    return tuple(block_keys([i % (1 << 31) for i in hash_ids], block_size=1, salt=_SALT))
+    parts = [(name * num_parts + i) % (1 << 31) for name in hash_ids for i in range(num_parts)]
+    return tuple(block_keys(parts, block_size=1, salt=_SALT))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ def ideal_reuse(trace: Trace, block_size: int = MOONCAKE_HASH_TOKENS) -> Reuse:
     num_tokens = num_hit = num_own = 0
     for item in trace:
         num_prompt = item.num_prompt_tokens
-        keys = _named_keys(item.hash_ids)[: num_prompt // block_size]
+        keys = _named_keys(item, block_size)
         found = next((i for i, key in enumerate(keys) if key not in seen), len(keys))
         num_hit += min(found, (num_prompt - 1) // block_size) * block_size
         num_tokens += num_prompt

@@ -240,6 +240,7 @@ def find_goodput(
     target: float = 0.9,
     guess: float = 10.0,
     precision: float = 0.01,
+    factor: float = 1.5,
 ) -> Goodput:
     """Bracket from ``guess`` by factors, then bisect to ``precision`` (relative)."""
     curve: list[Result] = []
@@ -257,12 +258,12 @@ def find_goodput(
             low = rate
             if high:
                 break
-            rate *= 1.5
+            rate *= factor
         else:
             high = rate
             if low:
                 break
-            rate /= 1.5
+            rate /= factor
             if rate < guess * 1e-3:
                 return Goodput(scenario.policy, 0.0, None, tuple(curve))
     while high - low > precision * high:

@@ -109,7 +109,15 @@ def test_keys_name_what_is_shared_and_nothing_else() -> None:
     unnamed = TraceRequest(0.0, 1500, 600)
     assert not set(prompt_keys("a", unnamed, 512)) & set(prompt_keys("b", unnamed, 512))
     with pytest.raises(ConfigError, match="block_size"):
-        prompt_keys("a", one, 128)
+        prompt_keys("a", one, 100)
+
+
+def test_blocks_may_be_smaller_than_a_trace_s_pieces() -> None:
+    one, other = TraceRequest(0.0, 1400, 10, (1, 2, 4)), TraceRequest(0.0, 1500, 10, (1, 2, 4))
+    first, second = prompt_keys("a", one, 128), prompt_keys("b", other, 128)
+    assert len(first) == 1410 // 128
+    assert first[: 1400 // 128] == second[: 1400 // 128], "what is full of the last piece counts"
+    assert ideal_reuse((one, other), 128).num_hit_tokens == 1400 // 128 * 128
 
 
 def test_one_host_tier_serves_all_instances_of_its_machine() -> None:
