@@ -24,39 +24,12 @@ from controller.output_lengths import OutputLengths
 from controller.policies.base import Choice, NoChoice, PlacementPolicy, choose
 from controller.state import ClusterState, OpenPlacement
 from controller.traces import TraceBook
+from controller.waiting import Batch, Waiting, problem_of
 
 _LOOK_AGAIN = 0
 """Number of no entry: its deadline is for the whole queue. That of ``-n`` is entry n's rise."""
 _MAX_TRIED = 64
 """Entries looked at when some requests ended; when instances became usable, all are."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Batch:
-    call_id: CallId
-    gateway_id: str
-    num_left: int
-    """Queries without a result."""
-    fresh: dict[int, Placement | Failure] = dataclasses.field(default_factory=dict)
-    """Results not answered yet, by index."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Queued:
-    number: int
-    query: PlaceQuery
-    batch: _Batch
-    index: int
-    """In the batch."""
-    since_s: float
-    why: NoChoice
-    """As of the last try."""
-    risen: bool = False
-    """Offline work that must not wait any longer."""
-
-    def as_of(self, now: float) -> PlaceQuery:
-        """The query, with the time that it has waited here."""
-        return dataclasses.replace(self.query, waited_s=self.query.waited_s + now - self.since_s)
 
 
 class PlacementDesk:
@@ -78,9 +51,9 @@ class PlacementDesk:
         self._traces = traces
         self._weights = dict(weights or {})
         self._queue = FairQueue()
-        self._entries: dict[int, _Queued] = {}
-        self._by_request: dict[str, _Queued] = {}
-        self._touched: dict[CallId, _Batch] = {}
+        self._entries: dict[int, Waiting] = {}
+        self._by_request: dict[str, Waiting] = {}
+        self._touched: dict[CallId, Batch] = {}
         """Batches with results to answer at the end of this event."""
         self._num_entries = 0
         self._num_full = 0
@@ -99,12 +72,12 @@ class PlacementDesk:
 
     def place(self, event: PlaceRequests, now: float) -> None:
         """Decide a batch; what nothing can take yet is queued."""
-        batch = _Batch(event.call_id, event.gateway_id, len(event.queries))
+        batch = Batch(event.call_id, event.gateway_id, len(event.queries))
         self._touched[batch.call_id] = batch
         order = sorted(range(len(event.queries)), key=lambda i: (-event.queries[i].priority, i))
         for index in order:
             query = event.queries[index]
-            problem = _problem(query)
+            problem = problem_of(query)
             if problem is None:
                 query = self.lengths.told(query)
             result = problem or self._arrive(query, batch.gateway_id, now)
@@ -334,14 +307,14 @@ class PlacementDesk:
     # The queue
 
     def _enqueue(
-        self, query: PlaceQuery, batch: _Batch, index: int, why: NoChoice, now: float
+        self, query: PlaceQuery, batch: Batch, index: int, why: NoChoice, now: float
     ) -> None:
         wait_s = self._wait_s(query)
         if wait_s <= 0:
             self._decided(batch, index, self._refuse(query, why, now))
             return
         self._num_entries += 1
-        entry = _Queued(self._num_entries, query, batch, index, now, why)
+        entry = Waiting(self._num_entries, query, batch, index, now, why)
         self._num_full += isinstance(why, Full)
         self._entries[entry.number] = self._by_request[query.request_id] = entry
         weight = self._weights.get(query.service_class, 1.0)
@@ -370,11 +343,11 @@ class PlacementDesk:
         why = dataclasses.replace(entry.why, reason=reason)
         self._decided(entry.batch, entry.index, self._refuse(entry.query, why, now))
 
-    def _waits(self, entry: _Queued, why: NoChoice) -> None:
+    def _waits(self, entry: Waiting, why: NoChoice) -> None:
         self._num_full += isinstance(why, Full) - isinstance(entry.why, Full)
         entry.why = why
 
-    def _dequeue(self, entry: _Queued, *, served: bool = False) -> None:
+    def _dequeue(self, entry: Waiting, *, served: bool = False) -> None:
         del self._entries[entry.number]
         self._num_full -= isinstance(entry.why, Full)
         if self._by_request.get(entry.query.request_id) is entry:
@@ -394,7 +367,7 @@ class PlacementDesk:
 
     # Answers
 
-    def _decided(self, batch: _Batch, index: int, result: Placement | Failure) -> None:
+    def _decided(self, batch: Batch, index: int, result: Placement | Failure) -> None:
         batch.num_left -= 1
         batch.fresh[index] = result
         self._touched[batch.call_id] = batch
@@ -410,16 +383,3 @@ class PlacementDesk:
 
 def _overloaded(reason: str, retry_after_s: float) -> Failure:
     return Failure(Code.OVERLOADED, reason, Stage.PLACEMENT, retry_after_s=retry_after_s)
-
-
-def _problem(query: PlaceQuery) -> Failure | None:
-    """What is wrong with a query whatever the cluster looks like."""
-    for name, bad in (
-        ("request_id", not query.request_id),
-        ("num_prompt_tokens", query.num_prompt_tokens < 1),
-        ("max_new_tokens", query.max_new_tokens < 1),
-    ):
-        if bad:
-            message = f"{name} is missing from a placement request"
-            return Failure(Code.INVALID_REQUEST, message, Stage.PLACEMENT, param=name)
-    return None
