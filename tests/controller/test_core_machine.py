@@ -19,7 +19,9 @@ from controller.events import Command, Event
 from controller.membership import InstanceState
 from tests.controller.controller_helpers import idle_load, make_info, only
 
-CONFIG = ControllerConfig(max_queued_placements=5, trace_capacity=10)
+CONFIG = ControllerConfig(
+    max_queued_placements=5, trace_capacity=10, admission=AdmissionConfig(offline_wait_s=5.0)
+)
 LIMITED = dataclasses.replace(
     CONFIG, admission=AdmissionConfig(max_open_per_instance=2, offline_wait_s=5.0)
 )
