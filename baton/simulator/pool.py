@@ -361,10 +361,11 @@ class SimPoolSide:
         node, now = self._node, self._pool.fleet.now
         assert node is not None
         lost: set[BlockKey] = set()
+        generations = self._instance.generations.data
         for wish, grant in moves:
             key = wish.keys[wish.depth]
             parent = wish.keys[wish.depth - 1] if wish.depth else None
-            evicted = int(self._instance.generations[wish.block]) != wish.generation
+            evicted = generations[wish.block] != wish.generation
             if evicted or parent in lost:
                 # What hangs on a block that is not there goes with it.
                 lost.add(key)
