@@ -51,6 +51,8 @@ class Predictions:
         self._members: dict[str, _Member] = {}
         self._remembered: dict[Group, _Start] = {}
         """Of groups whose last members left."""
+        self._examples: dict[Group, str] = {}
+        """Of each group, who last said something of itself and had learnt enough."""
         self._errors = {TTFT: PredictionError(), TPOT: PredictionError()}
 
     def join(self, info: InstanceInfo) -> None:
@@ -72,27 +74,41 @@ class Predictions:
             self._remember(member)
 
     def observe(self, instance_id: str, role: Role, load: InstanceLoad) -> bool:
-        """Take in a heartbeat of an instance that joined; whether it changed what is predicted."""
+        """Take in a heartbeat of an instance that joined; whether what is predicted of it may be
+        something else now."""
         member = self._members.get(instance_id)
         if member is None:
             return False
         changed = self._take_role(member, role)
         for sample in load.samples:
             member.now.observe(sample)
+        if not member.now.learnt:
+            return True
+        if load.samples:
+            self._examples[member.group] = instance_id
         return changed or bool(load.samples)
 
     def model(self, instance_id: str) -> CostModel | None:
-        """What is predicted of an instance; ``None`` where there is nothing to go by."""
+        """What is predicted of an instance; ``None`` where there is nothing to go by.
+
+        Of one that has measured too little: what is predicted of a peer. An instance that seems to
+        cost nothing would draw everything.
+        """
         member = self._members.get(instance_id)
         if member is None:
             return self._base
+        predictor = member.now
+        if not predictor.learnt:
+            example = self._members.get(self._examples.get(member.group, ""))
+            if example is not None:
+                predictor = example.now
         base = self._base
         if base is None:
-            if not member.now.learnt:
+            if not predictor.learnt:
                 return None
             nothing = StepCosts(0.0, 0.0, 0.0)
             base = CostModel(nothing, nothing, _UNKNOWN_LINK, member.kv_bytes_per_token)
-        return member.now.cost_model(base)
+        return predictor.cost_model(base)
 
     def ended(self, trace: RequestTrace | None) -> None:
         """A request's end was reported: compare it with what was predicted, where that is fair:

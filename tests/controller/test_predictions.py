@@ -57,10 +57,30 @@ def test_without_a_profile_nothing_is_predicted_before_anything_is_measured() ->
     assert predictions.model("a") is None
     predictions.join(make_info("a"))
     assert predictions.model("a") is None
-    assert not predictions.observe("a", Role.MIXED, InstanceLoad())
+    predictions.observe("a", Role.MIXED, InstanceLoad())
+    assert predictions.model("a") is None
     for seed in range(4):
         assert predictions.observe("a", Role.MIXED, load(seed))
     assert close(predictions.model("a"), 1.0)
+    assert not predictions.observe("a", Role.MIXED, InstanceLoad()), "nothing new"
+
+
+def test_who_measured_nothing_yet_costs_what_a_peer_does() -> None:
+    """Else it would seem to cost nothing, and draw everything."""
+    predictions = Predictions()
+    for name in ("a", "b"):
+        predictions.join(make_info(name))
+    predictions.join(make_info("other", fingerprint="of another model"))
+    for seed in range(4):
+        predictions.observe("a", Role.MIXED, load(seed))
+    assert predictions.observe("b", Role.MIXED, InstanceLoad()), "there is something by now"
+    assert close(predictions.model("b"), 1.0)
+    assert predictions.model("other") is None
+    predictions.forget("a")
+    assert predictions.model("b") is None
+    for seed in range(4):
+        predictions.observe("b", Role.MIXED, load(seed, slower=3.0))
+    assert close(predictions.model("b"), 3.0), "but it learns from its own steps alone"
 
 
 def test_a_profile_is_what_instances_start_from_and_leave() -> None:
