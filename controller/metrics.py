@@ -7,7 +7,8 @@ import collections
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from baton.core.cluster import Placement, Role
-from controller.events import Placed
+from baton.core.errors import Code
+from controller.events import Failure, Placed
 from controller.membership import InstanceState
 from controller.role_metrics import RoleMetrics
 from controller.state import ClusterState
@@ -57,7 +58,7 @@ class ControllerMetrics:
             "Instances and pool nodes in the index",
             registry=registry,
         )
-        for outcome in ("placed", "refused"):
+        for outcome in ("placed", "refused", "shed"):
             self.placements.labels(outcome)
         self.role_metrics = RoleMetrics(registry)
 
@@ -69,8 +70,12 @@ class ControllerMetrics:
     def observe_placed(self, command: Placed) -> None:
         """Count results."""
         num_placed = sum(isinstance(r, Placement) for r in command.results.values())
+        num_shed = sum(
+            isinstance(r, Failure) and r.code is Code.OVERLOADED for r in command.results.values()
+        )
         self.placements.labels("placed").inc(num_placed)
-        self.placements.labels("refused").inc(len(command.results) - num_placed)
+        self.placements.labels("shed").inc(num_shed)
+        self.placements.labels("refused").inc(len(command.results) - num_placed - num_shed)
 
     def observe_membership(self, state: ClusterState) -> None:
         """After a change of membership."""

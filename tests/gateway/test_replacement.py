@@ -60,3 +60,26 @@ async def test_beyond_its_limit_the_controller_lets_tenants_take_turns(
         assert order.index("small0") <= 3
         assert max(order.index(f"small{i}") for i in range(2)) <= 5
         await toy.idle()
+
+
+async def test_offline_work_waits_without_holding_up_others(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    async with toy_cluster(tmp_path, model_dir, max_open_per_instance=1) as toy:
+        for instance in toy.instances.values():
+            instance.step_s = 0.02
+        desk = toy.controller.shell.core.placements
+        order: list[str] = []
+
+        async def ask(name: str, priority: int) -> None:
+            chunks = await toy.generate(max_tokens=6, priority=priority)
+            assert joined(chunks) == expected(6)
+            order.append(name)
+
+        # Each takes some 0.15 s, so that the last waits for longer than queue_timeout_s.
+        calls = [asyncio.create_task(ask("offline", -1)) for _ in range(12)]
+        await until(lambda: desk.num_queued == 11)
+        calls.append(asyncio.create_task(ask("online", 0)))
+        await asyncio.gather(*calls)
+        assert order.index("online") <= 2, "one that ran, and one that ended meanwhile, at most"
+        assert await toy.metric("baton_requests_open") == 0
