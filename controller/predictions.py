@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Role
 from baton.core.cost_model import CostModel, LinkCosts, StepCosts
-from baton.core.predictor import InstancePredictor, OnlineCosts, PredictionError
+from baton.core.predictor import (
+    DECODE_STEP,
+    PREFILL_STEP,
+    InstancePredictor,
+    OnlineCosts,
+    PredictionError,
+)
 from controller.traces import RequestTrace
 from kvpool.layout import KVLayout, canonical_text
 
@@ -29,6 +35,7 @@ _MAX_REMEMBERED = 64
 Group = tuple[str, str]
 """Model fingerprint and canonical KV layout: instances of equal shape, which may change roles."""
 _Start = tuple[StepCosts | None, StepCosts | None]
+_Kind = Callable[[InstancePredictor], OnlineCosts]
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,8 +58,8 @@ class Predictions:
         self._members: dict[str, _Member] = {}
         self._remembered: dict[Group, _Start] = {}
         """Of groups whose last members left."""
-        self._examples: dict[Group, str] = {}
-        """Of each group, who last said something of itself and had learnt enough."""
+        self._examples: dict[tuple[Group, str], str] = {}
+        """Of each group and kind of steps: who told of such steps last."""
         self._errors = {TTFT: PredictionError(), TPOT: PredictionError()}
 
     def join(self, info: InstanceInfo) -> None:
@@ -82,33 +89,37 @@ class Predictions:
         changed = self._take_role(member, role)
         for sample in load.samples:
             member.now.observe(sample)
-        if not member.now.learnt:
-            return True
+        prefill, decode = member.now.prefill, member.now.decode
         if load.samples:
-            self._examples[member.group] = instance_id
-        return changed or bool(load.samples)
+            for kind, online in ((PREFILL_STEP, prefill), (DECODE_STEP, decode)):
+                if online.known:
+                    self._examples[member.group, kind] = instance_id
+            return True
+        return changed or not (prefill.known and decode.known)
 
     def model(self, instance_id: str) -> CostModel | None:
         """What is predicted of an instance; ``None`` where there is nothing to go by.
 
-        Of one that has measured too little: what is predicted of a peer. An instance that seems to
+        Of steps that it has not made yet: what is predicted of a peer. An instance that seems to
         cost nothing would draw everything.
         """
         member = self._members.get(instance_id)
         if member is None:
             return self._base
-        predictor = member.now
-        if not predictor.learnt:
-            example = self._members.get(self._examples.get(member.group, ""))
-            if example is not None:
-                predictor = example.now
-        base = self._base
-        if base is None:
-            if not predictor.learnt:
-                return None
-            nothing = StepCosts(0.0, 0.0, 0.0)
-            base = CostModel(nothing, nothing, _UNKNOWN_LINK, member.kv_bytes_per_token)
-        return predictor.cost_model(base)
+        prefill = self._known(member, PREFILL_STEP, lambda predictor: predictor.prefill)
+        decode = self._known(member, DECODE_STEP, lambda predictor: predictor.decode)
+        if prefill is None or decode is None:
+            return None
+        if self._base is not None:
+            return dataclasses.replace(self._base, prefill=prefill, decode=decode)
+        return CostModel(prefill, decode, _UNKNOWN_LINK, member.kv_bytes_per_token)
+
+    def _known(self, member: _Member, kind: str, of: _Kind) -> StepCosts | None:
+        """From its own steps, or a peer's."""
+        if of(member.now).known:
+            return of(member.now).costs
+        example = self._members.get(self._examples.get((member.group, kind), ""))
+        return None if example is None or not of(example.now).known else of(example.now).costs
 
     def ended(self, trace: RequestTrace | None) -> None:
         """A request's end was reported: compare it with what was predicted, where that is fair:
@@ -188,9 +199,7 @@ def _own(online: OnlineCosts, otherwise: StepCosts | None) -> StepCosts | None:
     return online.costs if online.num_samples >= _NUM_TRUSTED else otherwise
 
 
-def _median(
-    peers: Sequence[InstancePredictor], of: Callable[[InstancePredictor], OnlineCosts]
-) -> StepCosts | None:
+def _median(peers: Sequence[InstancePredictor], of: _Kind) -> StepCosts | None:
     """Each coefficient's median over those that measured enough; ``None`` if nobody did."""
     costs = [of(peer).costs for peer in peers if of(peer).num_samples >= _NUM_TRUSTED]
     if not costs:

@@ -112,6 +112,11 @@ class OnlineCosts:
         """Measured over predicted, of those that were off in a row."""
 
     @property
+    def known(self) -> bool:
+        """Whether there is anything to predict with."""
+        return self._start is not None or self.num_samples > 0
+
+    @property
     def learnt(self) -> bool:
         """Whether predictions mean something."""
         return self._start is not None or self.num_samples >= _NUM_LEARNT
@@ -271,11 +276,6 @@ class InstancePredictor:
         self._errors: dict[str, PredictionError] = {}
 
     @property
-    def learnt(self) -> bool:
-        """Whether there is anything to predict with."""
-        return self.prefill.learnt or self.decode.learnt
-
-    @property
     def errors(self) -> Mapping[str, float]:
         """By kind of step; kinds that were not there are missing."""
         return {kind: e.mean for kind, e in self._errors.items() if e.mean is not None}
@@ -291,16 +291,10 @@ class InstancePredictor:
             self._observe_one(DECODE_STEP, self.decode, decode_features(shape), seconds)
 
     def cost_model(self, base: CostModel) -> CostModel:
-        """``base`` with what was learnt of steps. Of a kind that was never measured nor started
-        from anything, the other kind's numbers: a token is a token."""
-        prefill, decode = self.prefill, self.decode
-        if not self.learnt:
-            return base
-        return dataclasses.replace(
-            base,
-            prefill=(prefill if prefill.learnt else decode).costs,
-            decode=(decode if decode.learnt else prefill).costs,
-        )
+        """``base`` with what is known of steps."""
+        prefill = self.prefill.costs if self.prefill.known else base.prefill
+        decode = self.decode.costs if self.decode.known else base.decode
+        return dataclasses.replace(base, prefill=prefill, decode=decode)
 
     def _observe_one(
         self, kind: str, online: OnlineCosts, features: Features, seconds: float
