@@ -28,6 +28,7 @@ class GrpcSender:
         """See :class:`benchmarks.outcome.Sender`."""
         request = pb.GenerateRequest(
             model=self._model,
+            service_class=outcome.service_class,
             sampling=pb.SamplingParams(
                 temperature=self._temperature, max_tokens=outcome.num_wanted, ignore_eos=True
             ),

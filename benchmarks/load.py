@@ -74,6 +74,7 @@ async def run_load(
         for index, item in enumerate(items):
             due_s = start_s + item.at_s
             outcome = Outcome(due_s, due_s, due_s, item.input_len, item.output_len)
+            outcome.service_class = item.service_class
             outcomes.append(outcome)
             # Wake early to make the prompt, which takes a moment, before it is due.
             await asyncio.sleep(max(0.0, due_s - LEAD_S - time.perf_counter()))

@@ -28,6 +28,7 @@ class Outcome:
     failure: str | None = None
     """Its kind, in one word: ``timeout``, ``connection``, ``shed``, ``http_400``, ``short`` ..."""
     detail: str = ""
+    service_class: str = ""
 
     @property
     def timing(self) -> Timing | None:

@@ -28,6 +28,8 @@ class Item:
     """One id per block of the prompt: equal ids, equal tokens. Empty: all tokens are its own."""
     text: str | None = None
     """A prompt of text, which is sent instead of token ids."""
+    service_class: str = ""
+    """Empty: the server's default."""
 
 
 def arrival_times(
