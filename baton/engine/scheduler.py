@@ -1,4 +1,4 @@
-"""Decides what the next step computes, and who owns slots and blocks meanwhile. Pure.
+"""Decides what the next step computes. Pure; see ``holders`` for slots and blocks.
 
 One order rules: rank, i.e. priority, then arrival. A step takes, within
 ``max_num_batched_tokens`` and ``max_num_seqs`` slots,
@@ -6,11 +6,6 @@ One order rules: rank, i.e. priority, then arrival. A step takes, within
 1. decodes: running and ready sequences with one token to compute;
 2. the next chunks of running prefills;
 3. waiting sequences, as far as slots, budget and memory reach.
-
-Memory: a sequence gets the blocks of all its known tokens when it starts, and one more at a time
-while it decodes. When none is left, the last in rank gives its blocks back and is computed again
-later. What an uncommitted plan writes to is given back only when that plan is committed; until
-then the sequence that wanted a block sits a step out.
 
 Several plans: a sequence counts the tokens that uncommitted plans will draw as if it had them
 (``num_in_flight``), so the next step can be planned while one runs.
@@ -26,18 +21,11 @@ from typing import NamedTuple
 from baton.core.config import EngineConfig
 from baton.core.cost_model import CostModel
 from baton.core.philox import uniforms
-from baton.core.request import Part
 from baton.engine.block_manager import BlockManager
+from baton.engine.holders import Holders
 from baton.engine.plan import SequenceStep, SlotBegin, StepPlan
-from baton.engine.sequence import RankedQueue, Sequence
-from baton.engine.states import (
-    HOLDS_BLOCKS,
-    HOLDS_SLOT,
-    LIVE_STATES,
-    SequenceEvent,
-    SequenceState,
-    next_state,
-)
+from baton.engine.sequence import Sequence
+from baton.engine.states import SequenceEvent, SequenceState
 
 _S, _E = SequenceState, SequenceEvent
 _RUNNING, _READY = _S.RUNNING, _S.READY
@@ -71,21 +59,13 @@ class Draft(NamedTuple):
     output_index: int
 
 
-class Scheduler:
+class Scheduler(Holders):
     """Queues, slots, plans. ``Engine`` decides *what happens* to a sequence, this class *when*."""
 
     def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
-        self.blocks = blocks
+        super().__init__(config, blocks)
         self.max_plans = 2 if config.async_scheduling else 1
         self._max_num_batched_tokens = config.max_num_batched_tokens
-        self._max_num_seqs = config.max_num_seqs
-        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
-        self._watermark = max(1, blocks.num_blocks // 100)
-        self._queues: dict[SequenceState, RankedQueue] = {
-            state: RankedQueue() for state in LIVE_STATES
-        }
-        self._ended: set[Sequence] = set()
-        """Finished sequences that an uncommitted plan still contains."""
         self._plans: deque[tuple[StepPlan, tuple[PlannedRow, ...]]] = deque()
         self._num_steps = 0
         self.cost_model: CostModel | None = None
@@ -93,48 +73,6 @@ class Scheduler:
         self._smallest_chunk = max(16, blocks.block_size // 2)
         self._num_implied = 0
         """Tokens of the step that ``_draft`` makes no rows for; see ``CompactScheduler``."""
-        self._num_short = 0
-        """Sequences that sat out the last step for want of a block."""
-        self.preempted: list[str] = []
-        """Request ids preempted since the engine last told about them."""
-        self.num_preemptions = 0
-
-    # Queues.
-
-    def queue(self, state: SequenceState) -> RankedQueue:
-        """The sequences in ``state`` (any but FINISHED), by rank; for reading."""
-        return self._queues[state]
-
-    def add(self, sequence: Sequence) -> None:
-        """A new sequence, in the state it enters with."""
-        self._queues[sequence.state].add(sequence)
-
-    def move(self, sequence: Sequence, event: SequenceEvent) -> None:
-        """Apply ``event``: state, queue, and slot and blocks that the new state does not hold."""
-        state = next_state(sequence.state, event)
-        self._queues[sequence.state].remove(sequence)
-        sequence.state = state
-        if state not in HOLDS_SLOT and sequence.slot is not None:
-            self._free_slots.append(sequence.slot)
-            sequence.slot = None
-        if state is not _S.FINISHED:
-            self._queues[state].add(sequence)
-        elif sequence.num_plans:
-            self._ended.add(sequence)
-        self._settle(sequence)
-
-    def _settle(self, sequence: Sequence) -> None:
-        """Give the blocks back if it is time."""
-        if sequence.num_plans:
-            return
-        if sequence.state is _S.PREEMPTED:
-            self.blocks.release(sequence.take_blocks())
-            self.num_preemptions += 1
-            self.preempted.append(sequence.request_id)
-            self.move(sequence, _E.DRAINED)
-        elif sequence.state is _S.FINISHED:
-            self._ended.discard(sequence)
-            self.blocks.release(sequence.take_blocks())
 
     # Plans.
 
@@ -281,130 +219,14 @@ class Scheduler:
         sequence.num_plans += 1
         return draft
 
-    # Memory.
-
-    def _give_blocks(self, sequence: Sequence, *, ahead: Sequence | None) -> bool:
-        """Blocks for all known tokens of a sequence that has none, the cached ones first.
-
-        ``ahead``: the first of the other queue for memory; if it ranks before, its blocks are
-        left for it, so that neither queue starves the other. False, and nothing changed, if the
-        blocks do not fit now. Sets ``num_computed`` and ``num_committed`` to what the cache held.
-        """
-        hits, num_blocks = self._wants(sequence)
-        if ahead is not None and ahead.rank < sequence.rank:
-            num_blocks += self._wants(ahead)[1]
-        if self._queues[_S.RUNNING] or self._queues[_S.READY]:
-            num_blocks += self._watermark + self._num_short
-        if num_blocks > self.blocks.num_available:
-            return False
-        self.blocks.acquire(hits)
-        total = self.blocks.blocks_for(len(sequence.token_ids))
-        sequence.blocks = hits + self.blocks.allocate(total - len(hits))
-        sequence.num_registered = len(hits)
-        sequence.num_computed = sequence.num_committed = len(hits) * self.blocks.block_size
-        if not sequence.has_looked_up:
-            sequence.has_looked_up = True
-            sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
-        return True
-
-    def _wants(self, sequence: Sequence) -> tuple[list[int], int]:
-        """Cached blocks to start from, and how many available blocks starting takes in all."""
-        blocks = self.blocks
-        hits: list[int] = []
-        if blocks.enable_prefix_cache and not sequence.owes_prompt_logprobs:
-            blocks.extend_keys(sequence.keys, sequence.token_ids, salt=sequence.salt)
-            # The last token is always computed: its logits are what is wanted.
-            hits = blocks.match(sequence.keys[: (len(sequence.token_ids) - 1) // blocks.block_size])
-        num_new = blocks.blocks_for(len(sequence.token_ids)) - len(hits)
-        return hits, num_new + blocks.num_idle_among(hits)
-
-    def reserve(self) -> list[Sequence]:
-        """Blocks for ``PENDING_BLOCKS`` sequences, in order, as far as memory reaches."""
-        reserved: list[Sequence] = []
-        waiting = self._queues[_S.WAITING].first
-        for sequence in list(self._queues[_S.PENDING_BLOCKS]):
-            if not self._give_blocks(sequence, ahead=waiting):
-                break
-            self.move(sequence, _E.RESERVE)
-            reserved.append(sequence)
-        return reserved
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make sure that one more token has a place; preempts from the end of the order."""
-        if sequence.num_computed < len(sequence.blocks) * self.blocks.block_size:
-            return True
-        if not self.blocks.num_available and not self._make_room(sequence):
-            return False
-        sequence.blocks += self.blocks.allocate(1)
-        return True
-
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Preempt until a block is free now, or enough will be when plans are committed."""
-        self._num_short += 1
-        while self._num_promised() < self._num_short:
-            victim = self._victim()
-            if victim is None:
-                return False
-            self.move(victim, _E.PREEMPT)
-            if victim is sequence:
-                self._num_short -= 1
-                return False
-            if self.blocks.num_available:
-                self._num_short -= 1
-                return True
-        return False
-
-    def _num_promised(self) -> int:
-        """Blocks that come free when the uncommitted plans are committed."""
-        ending = [
-            sequence
-            for sequence in self._queues[_S.RUNNING]
-            if sequence.draws_last_token and sequence.part is not Part.PREFILL
-        ]
-        return sum(
-            self.blocks.num_references(block) == 1
-            for sequence in (*self._queues[_S.PREEMPTED], *self._ended, *ending)
-            for block in sequence.blocks
-        )
-
-    def _victim(self) -> Sequence | None:
-        """The last in rank of those that preemption can help with.
-
-        Not one that is about to be done: its blocks come free, or are held, with the next commit.
-        """
-        candidates = [
-            sequence
-            for state in (_S.RUNNING, _S.READY)
-            for sequence in self._queues[state]
-            if not sequence.draws_last_token
-        ]
-        return max(candidates, key=lambda item: item.rank, default=None)
-
     # Accounts.
+
+    def _planned(self) -> list[Sequence]:
+        return [row.sequence for _, planned in self._plans for row in planned]
 
     def check_integrity(self) -> None:
         """Every block, slot and row is accounted for; raises AssertionError with details."""
-        references: dict[int, int] = {}
-        slots = list(self._free_slots)
-        live = [sequence for queue in self._queues.values() for sequence in queue]
-        for sequence in (*live, *self._ended):
-            name, state = sequence.request_id, sequence.state
-            assert bool(sequence.slot is not None) == (state in HOLDS_SLOT), f"{name}: slot"
-            if state is not _S.FINISHED:
-                assert bool(sequence.blocks) == (state in HOLDS_BLOCKS), f"{name}: blocks"
-                assert sequence in self._queues[state], f"{name}: not in the queue of {state}"
-            known = len(sequence.token_ids) + sequence.num_in_flight
-            assert sequence.num_committed <= sequence.num_computed <= known, f"{name}: counts"
-            assert len(set(sequence.blocks)) == len(sequence.blocks), f"{name}: a block twice"
-            for block in sequence.blocks:
-                references[block] = references.get(block, 0) + 1
-            if sequence.slot is not None:
-                slots.append(sequence.slot)
-            rows = [row for _, planned in self._plans for row in planned]
-            count = sum(row.sequence is sequence for row in rows)
-            assert count == sequence.num_plans, f"{name}: {count} plans, {sequence.num_plans} known"
-        assert sorted(slots) == list(range(self._max_num_seqs)), f"slots: {sorted(slots)}"
-        self.blocks.check_integrity(references)
+        super().check_integrity()
         for plan, planned in self._plans:
             assert len({row.slot for row in plan.rows}) == len(plan.rows), "a slot twice in a plan"
             for item in planned:
