@@ -32,6 +32,7 @@ from baton.instance.launcher import NodeInfo, instance_names, launch_instance
 from baton.instance.spec import InstanceSpec
 from controller.actor import controller_actor_class
 from controller.discovery import find_controller
+from controller.policies import make_policy
 from kvpool.arena import remove_cluster_files
 from kvpool.pool_actor import pool_actor_class
 from kvpool.tier_spec import HostTierSpec
@@ -97,6 +98,7 @@ class ClusterRun:
             )
         checkpoint = open_checkpoint(config.model)
         predicted_costs(config)
+        make_policy(config.controller.policy)
         for role in dict.fromkeys(role for _, role in instance_names(config)):
             _check_ranks(checkpoint, config, role)
         if config.store == "memory" and config.address is not None:

@@ -109,3 +109,19 @@ def test_ranks_of_a_role_that_the_model_cannot_have(tmp_path: Path) -> None:
     path = tmp_path / "baton.yaml"
     path.write_text(f"model: {DEMO_MODEL}\ndecode_engine:\n  tp: 4\n")
     _assert_one_sentence(_serve("--config", str(path)), ["decode_engine: ", "tp=4"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("policy: fastest", ["controller.policy", "fastest", "least-loaded"]),
+        ("policy: nowhere.at_all:Mine", ["controller.policy", "nowhere"]),
+        ("policy: json:JSONDecoder", ["controller.policy", "has no 'name'"]),
+        ("profile: /nowhere/at/all.yaml", ["profile", "/nowhere/at/all.yaml"]),
+        ("admission: {max_ttft_factor: -1}", ["controller.admission", "max_ttft_factor"]),
+    ],
+)
+def test_what_the_controller_cannot_do(setting: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "baton.yaml"
+    path.write_text(f"model: {DEMO_MODEL}\ncontroller:\n  {setting}\n")
+    _assert_one_sentence(_serve("--config", str(path)), words)
