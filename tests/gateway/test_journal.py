@@ -268,3 +268,12 @@ def test_prompt_logprobs_come_once_and_are_not_asked_for_again() -> None:
     journal.lose()
     assert journal.submission(None, 0.0).sampling.prompt_logprobs is None
     assert journal.submission(None, 0.0).sampling.logprobs == 1
+
+
+def test_silence_of_a_bound_instance_counts_from_the_binding() -> None:
+    journal = placed()
+    journal.accept(output(0, [TRUTH[0]]), "prefill", 1.0)
+    assert journal.gap_due_s(1.0) == 21.0
+    journal.bound(15.0)
+    assert journal.gap_due_s(1.0) == 35.0
+    assert journal.state is State.STREAMING
