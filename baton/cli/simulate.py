@@ -47,6 +47,14 @@ def simulate(
         float | None,
         typer.Option(metavar="SHARE", help="find the highest rate with this attainment"),
     ] = None,
+    host_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="keep and share prefixes; each machine (8 instances) has room for N tokens of KV "
+            "beside its instances' own; default: no prefix is kept",
+        ),
+    ] = None,
     freeze_roles: Annotated[
         bool, typer.Option("--freeze-roles", help="no policy switches roles")
     ] = False,
@@ -75,6 +83,7 @@ def simulate(
             arrivals=arrivals,
             rate_scale=rate_scale,
             find_goodput=find_goodput,
+            host_tokens=host_tokens,
             freeze_roles=freeze_roles,
             seed=seed,
             jobs=jobs,

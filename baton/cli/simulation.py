@@ -211,15 +211,28 @@ def _point(plan: Plan, result: Result) -> dict[str, Any]:
     }
 
 
-_MEASURES = ("percentiles", "flips", "utilisation", "kv_traffic_bytes", "steps")
+_MEASURES = (
+    "percentiles",
+    "flips",
+    "utilisation",
+    "kv_traffic_bytes",
+    "kv_fetched_bytes",
+    "hit_rate",
+    "steps",
+)
 
 
 def _measures(plan: Plan, result: Result) -> dict[str, Any]:
+    token_bytes = plan.profile.cost.kv_bytes_per_token
     return {
         "percentiles": result.percentiles,
         "flips": result.num_flips,
         "utilisation": result.utilisation,
-        "kv_traffic_bytes": int(result.handed_tokens * plan.profile.cost.kv_bytes_per_token),
+        "kv_traffic_bytes": int(result.handed_tokens * token_bytes),
+        "kv_fetched_bytes": {
+            tier: int(count * token_bytes) for tier, count in result.fetched_tokens.items()
+        },
+        "hit_rate": result.num_cached_tokens / max(1, result.num_prompt_tokens),
         "steps": result.num_steps,
     }
 
@@ -238,7 +251,8 @@ def _print_table(plan: Plan, records: list[dict[str, Any]]) -> None:
     )
     table = Table(box=None, padding=(0, 1, 0, 0))
     titles = ("policy", "requests/s", "attainment", "TTFT p50", "p90", "p99", "TPOT p50", "p90")
-    for title in (*titles, "p99", "flips", "busy", "KV moved"):
+    hits = ("hits",) if plan.pool is not None else ()
+    for title in (*titles, "p99", "flips", "busy", "KV moved", *hits):
         table.add_column(title, justify="left" if title == "policy" else "right", no_wrap=True)
     for record in records:
         for row in _rows(plan, record):
@@ -267,6 +281,7 @@ def _rows(plan: Plan, record: dict[str, Any]) -> list[list[str]]:
             str(point["flips"]),
             busy,
             f"{point['kv_traffic_bytes'] / 1e9:.1f} GB",
+            *([f"{point['hit_rate']:.1%}"] if plan.pool is not None else ()),
         ])  # fmt: skip
     return rows
 

@@ -12,6 +12,7 @@ from baton.core.cost_model import Profile
 from baton.core.errors import ConfigError
 from baton.core.slo import Slo
 from baton.engine.profile_file import load_profile
+from baton.simulator.pool import PoolSettings
 from baton.simulator.runs import STATIC_BEST, Scenario
 from baton.simulator.workload import (
     Arrivals,
@@ -41,6 +42,7 @@ class SimulateFlags:
     arrivals: str
     rate_scale: str | None
     find_goodput: float | None
+    host_tokens: int | None
     freeze_roles: bool
     seed: int
     jobs: int | None
@@ -65,6 +67,7 @@ class Plan:
     """Rates to run, by the trace's own."""
     target: float | None
     """Attainment that the goodput is searched for with; ``None``: it is not searched for."""
+    pool: PoolSettings | None
     freeze_roles: bool
     seed: int
     jobs: int
@@ -83,6 +86,7 @@ class Plan:
             self.num_decode,
             self.slo,
             freeze_roles=self.freeze_roles,
+            pool=self.pool,
         )
 
     def guess(self) -> float:
@@ -111,6 +115,7 @@ class Plan:
             "arrivals": self.arrivals,
             "rate_scale": list(self.scales),
             "find_goodput": self.target,
+            "host_tokens": None if self.pool is None else self.pool.host_tokens,
             "freeze_roles": self.freeze_roles,
             "seed": self.seed,
         }
@@ -163,6 +168,7 @@ def make_plan(flags: SimulateFlags) -> Plan:
         arrivals=arrivals,
         scales=scales,
         target=target,
+        pool=None if flags.host_tokens is None else _pool(flags.host_tokens),
         freeze_roles=flags.freeze_roles,
         seed=flags.seed,
         jobs=flags.jobs or os.cpu_count() or 1,
@@ -231,6 +237,14 @@ def _sizes(flags: SimulateFlags) -> tuple[int, int]:
         if value < 1:
             raise ConfigError(f"--{name} is {value}; expected at least 1", param=name)
     return flags.prefill, flags.decode
+
+
+def _pool(host_tokens: int) -> PoolSettings:
+    if host_tokens < 0:
+        raise ConfigError(
+            f"--host-tokens is {host_tokens}; expected 0 or more", param="host_tokens"
+        )
+    return PoolSettings(host_tokens)
 
 
 def _scales(text: str | None) -> tuple[float, ...]:

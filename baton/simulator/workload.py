@@ -12,7 +12,7 @@ import csv
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -162,7 +162,7 @@ def _baton(row: dict[str, object]) -> TraceRequest:
         return float(value)
 
     hash_ids = row.get("hash_ids", ())
-    if not isinstance(hash_ids, Iterable):
+    if not isinstance(hash_ids, list | tuple) or not all(isinstance(i, int) for i in hash_ids):
         raise ValueError(f"hash_ids is {hash_ids!r}")
     return TraceRequest(
         number("arrival_s"),

@@ -125,7 +125,23 @@ def test_the_table_names_policies_and_rates(folder: Path) -> None:
     assert b"<svg" in (folder / "picture.svg").read_bytes()
 
 
+def test_with_host_tiers_prefixes_are_found_again(folder: Path) -> None:
+    rows = [
+        {"arrival_s": 9.0 * i, "prompt_tokens": 1100, "output_tokens": 3, "hash_ids": [1, 2, i + 9]}
+        for i in range(4)
+    ]
+    (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("--trace", "turns.jsonl", "--policy", "least-loaded")
+    [record] = run_json(folder, *args, "--host-tokens", "100000")["policies"]
+    # Ids 1 and 2, thrice; they name 512 tokens each.
+    assert record["hit_rate"] == pytest.approx(3 * 1024 / (4 * 1100))
+    found = run_json(folder, *args)
+    assert found["inputs"]["host_tokens"] is None
+    assert found["policies"][0]["hit_rate"] == 0.0
+
+
 REFUSALS = {
+    "host-tokens": (["--host-tokens", "-1"], "0 or more"),
     "policy": (["--policy", "slo,best"], "least-loaded"),
     "class": (["--policy", "mine:Yours"], "Yours"),
     "best-of-what": (["--policy", "static-best"], "--find-goodput"),
