@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from baton.core.policy_config import AdmissionConfig
-from controller.columns import Ints, PlacementView
+from controller.columns import Ints, Memo, PlacementView
 from controller.events import PlaceQuery
 from controller.policies.base import Choice, NoChoice
 
@@ -48,6 +48,7 @@ def limited(view: PlacementView, limit: Ints | int) -> PlacementView:
         view,
         takes_prefill=view.takes_prefill & (view.open_prefill < limit),
         takes_decode=view.takes_decode & (view.open_decode < limit),
+        memo=Memo(),
     )
 
 

@@ -27,6 +27,36 @@ TIERS = ("host", "disk", "remote")
 _MIN_ROWS = 8
 
 
+Rows = npt.NDArray[np.intp]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sides:
+    """Who may take what: changes with members, states and roles, not with load."""
+
+    prefill: Rows
+    decode: Rows
+    both: Rows
+    shortest: int
+    """The longest sequence that fits everywhere, and the longest that fits anywhere."""
+    longest: int
+    one_group: bool
+    """Whether all live instances can exchange blocks."""
+    any_costs: bool
+    """Whether anything is predicted of any of them."""
+    step_tokens: Floats
+    """Shape [rows]: prompt tokens of a full step, at least 1."""
+
+
+class Memo:
+    """What was worked out from a view's slow columns; ``Columns`` forgets it when they change."""
+
+    __slots__ = ("sides",)
+
+    def __init__(self) -> None:
+        self.sides: Sides | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlacementView:
     """All columns, shape [rows]; a row that is not ``live`` means nothing."""
@@ -79,6 +109,28 @@ class PlacementView:
     """Instance ids by row."""
     node_of: Mapping[str, int]
     """Machines by the id of their pool node."""
+    memo: Memo
+    """One of its own for a view with other roles than its columns'."""
+
+    @property
+    def sides(self) -> Sides:
+        """Who may take what now, as of the last change."""
+        sides = self.memo.sides
+        if sides is None:
+            usable = self.live & self.placeable
+            prefill, decode = usable & self.takes_prefill, usable & self.takes_decode
+            lengths = self.max_tokens[self.live]
+            sides = self.memo.sides = Sides(
+                np.flatnonzero(prefill),
+                np.flatnonzero(decode),
+                np.flatnonzero(prefill & decode),
+                int(lengths.min(initial=2**62)),
+                int(lengths.max(initial=0)),
+                self.one_group,
+                bool(self.has_costs.any()),
+                np.maximum(self.max_num_batched_tokens, 1).astype(np.float64),
+            )
+        return sides
 
     @property
     def one_group(self) -> bool:
@@ -88,7 +140,7 @@ class PlacementView:
 
 
 _BOOL_COLUMNS = ("live", "placeable", "takes_prefill", "takes_decode", "has_costs")
-_MAPS = ("row_of", "names", "node_of")
+_NOT_COLUMNS = ("row_of", "names", "node_of", "memo")
 
 
 class Columns:
@@ -101,6 +153,7 @@ class Columns:
         self._nodes: dict[str, int] = {}
         self._node_of: dict[str, int] = {}
         self._data: dict[str, npt.NDArray[np.generic]] = {}
+        self._memo = Memo()
         self._grow(_MIN_ROWS)
 
     @property
@@ -113,7 +166,8 @@ class Columns:
         assert info.instance_id not in self._row_of
         free = np.flatnonzero(~self._bools("live"))
         if not len(free):
-            self._grow(2 * len(self._bools("live")))
+            num_rows = len(self._bools("live"))
+            self._grow(num_rows + max(_MIN_ROWS, num_rows // 4))
             free = np.flatnonzero(~self._bools("live"))
         row = int(free[0])
         for name, column in self._data.items():
@@ -126,6 +180,7 @@ class Columns:
     def remove(self, row: int) -> None:
         """Free a row, and all that was counted on it."""
         del self._row_of[self._names.pop(row)]
+        self._memo.sides = None
         for column in self._data.values():
             column[..., row] = 0
 
@@ -143,11 +198,13 @@ class Columns:
 
     def set_role(self, row: int, role: Role) -> None:
         """Which work may be placed here."""
+        self._memo.sides = None
         self._bools("takes_prefill")[row] = role.takes_prefill
         self._bools("takes_decode")[row] = role.takes_decode
 
     def set_placeable(self, row: int, placeable: bool) -> None:
         """Whether new work may be placed here at all."""
+        self._memo.sides = None
         self._bools("placeable")[row] = placeable
 
     def set_load(self, row: int, load: InstanceLoad) -> None:
@@ -175,7 +232,10 @@ class Columns:
             link = costs.tiers.get(tier, costs.handoff)
             self._floats("tier_latency_s")[index, row] = link.latency_s
             self._floats("tier_token_s")[index, row] = costs.kv_bytes_per_token / link.bytes_per_s
-        self._bools("has_costs")[row] = True
+        has_costs = self._bools("has_costs")
+        if not has_costs[row]:
+            has_costs[row] = True
+            self._memo.sides = None
 
     def set_pool_nodes(self, nodes: Mapping[str, str]) -> None:
         """Pool nodes that are here, by id: the machine of each."""
@@ -232,7 +292,7 @@ class Columns:
 
     def _grow(self, num_rows: int) -> None:
         for field in dataclasses.fields(PlacementView):
-            if field.name in _MAPS:
+            if field.name in _NOT_COLUMNS:
                 continue
             dtype: type[np.generic] = np.bool_ if field.name in _BOOL_COLUMNS else np.int64
             if field.name.endswith("_s"):
@@ -248,4 +308,5 @@ class Columns:
             windows[name] = column.view()
             windows[name].flags.writeable = False
         maps = {"row_of": self._row_of, "names": self._names, "node_of": self._node_of}
-        self._view = PlacementView(**windows, **maps)  # type: ignore[arg-type]
+        self._memo.sides = None
+        self._view = PlacementView(**windows, **maps, memo=self._memo)  # type: ignore[arg-type]

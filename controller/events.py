@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from baton.core.cluster import InstanceInfo, InstanceLoad, Placement, Role
 from baton.core.errors import BatonError, Code, Stage, error_from_code
@@ -104,9 +105,11 @@ class MemberGone:
     session_id: SessionId
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """A holder of KV blocks that has the first ``num_tokens`` tokens of a prompt."""
+class PrefixMatch(NamedTuple):
+    """A holder of KV blocks that has the first ``num_tokens`` tokens of a prompt.
+
+    A tuple, because dozens are made for each placement.
+    """
 
     holder: str
     """Instance (``tier`` device) or pool node."""
@@ -138,7 +141,7 @@ class PlaceQuery:
     waited_s: float = 0.0
     """Since the request arrived at its gateway: what of ``slo.ttft_s`` is gone already."""
     prefix: tuple[PrefixMatch, ...] = ()
-    """Who has how much of the prompt's beginning, as the index says."""
+    """Who has how much of the prompt's beginning, as the index says; longest first."""
     bind_to: str | None = None
     """Prefill is done, or about to be, on this instance (id): only the decode side is asked for."""
     expected_new_tokens: float | None = None

@@ -47,8 +47,8 @@ class Scenario:
     slo: Slo
     freeze_roles: bool = False
     heartbeat_s: float = 0.5
-    cooldown_s: float = 2.0
-    interval_s: float = 0.5
+    cooldown_s: float = 1.0
+    interval_s: float = 0.25
     gain: float = 0.05
     allow_mixed: bool = True
     tuning: PlannerTuning = dataclasses.field(default_factory=PlannerTuning)

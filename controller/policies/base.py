@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from controller.columns import Bools, PlacementView
+from controller.columns import PlacementView, Rows
 from controller.events import PlaceQuery
 
 Costs = npt.NDArray[np.float64]
@@ -91,36 +91,41 @@ def choose(
     policy: PlacementPolicy, query: PlaceQuery, view: PlacementView, now: float, draw: int
 ) -> Choice | NoChoice:
     """The pair that ``policy`` likes best. ``draw`` numbers the decision: it breaks ties."""
-    fits = view.live & (view.max_tokens >= query.num_total_tokens)
-    if not fits.any() and view.live.any():
-        longest = int(view.max_tokens[view.live].max())
+    sides, num_total = view.sides, query.num_total_tokens
+    if num_total > sides.longest and view.row_of:
         return NoChoice(
-            f"the longest sequence any instance can hold is {longest} tokens, "
-            f"this one may become {query.num_total_tokens}",
+            f"the longest sequence any instance can hold is {sides.longest} tokens, "
+            f"this one may become {num_total}",
             hopeless=True,
         )
-    usable = fits & view.placeable
-    prefill_ok = usable & view.takes_prefill
+    prefill_rows, decode_rows, both_rows = sides.prefill, sides.decode, sides.both
+    if num_total > sides.shortest:
+        prefill_rows, decode_rows, both_rows = (
+            rows[view.max_tokens[rows] >= num_total]
+            for rows in (prefill_rows, decode_rows, both_rows)
+        )
     bound = view.row_of.get(query.bind_to) if query.bind_to is not None else None
     if query.bind_to is not None:
         if bound is None:
             return NoChoice(f"{query.bind_to}, which has the prompt's KV, is gone")
-        prefill_ok = np.zeros_like(fits)
-        prefill_ok[bound] = True
+        prefill_rows = np.array([bound], dtype=np.intp)
+        both_rows = decode_rows[decode_rows == bound]
     # A request that ends at its first token makes no handoff: any prefill instance does it all.
     single = query.max_new_tokens <= 1 and bound is None
-    decode_ok = prefill_ok if single else usable & view.takes_decode
-    if not prefill_ok.any():
+    if single:
+        decode_rows = both_rows = prefill_rows
+    if not len(prefill_rows):
         return NoChoice("no ready instance takes prefill")
-    if not decode_ok.any():
+    if not len(decode_rows):
         return NoChoice("no ready instance takes decode")
     if policy.colocates and bound is None:
-        prefill_ok = decode_ok = prefill_ok & decode_ok
-        if not prefill_ok.any():
+        prefill_rows = decode_rows = both_rows
+        if not len(both_rows):
             return NoChoice("no ready instance takes both prefill and decode")
 
     scores = policy.score(query, view, now, draw)
-    pick = _Pick(view, scores, prefill_ok, decode_ok, one=single or policy.colocates, draw=draw)
+    one = single or policy.colocates
+    pick = _Pick(view, scores, prefill_rows, decode_rows, both_rows, one=one, draw=draw)
     avoided = [row for name in query.exclude if (row := view.row_of.get(name)) is not None]
     pick.avoid(avoided)
     pair = pick.cheapest()
@@ -171,90 +176,91 @@ class _Pick:
         self,
         view: PlacementView,
         scores: Scores,
-        prefill_ok: Bools,
-        decode_ok: Bools,
+        prefill_rows: Rows,
+        decode_rows: Rows,
+        both_rows: Rows,
         *,
         one: bool,
         draw: int,
     ) -> None:
         self._view = view
-        self._prefill_ok, self._decode_ok = prefill_ok, decode_ok
-        # Ours to change: a fallback avoids the first choice.
-        self._prefill, self._decode = scores.prefill.copy(), scores.decode.copy()
-        self._same = np.broadcast_to(np.asarray(scores.same, dtype=np.float64), view.live.shape)
+        self._rows = (prefill_rows, decode_rows, both_rows)
+        self._prefill, self._decode, self._same = scores.prefill, scores.decode, scores.same
         self._one = one
         self._draw = draw
 
     def avoid(self, rows: list[int]) -> None:
         """Take these only where nothing else is left."""
         if rows:
-            self._prefill[rows] += _AVOID_COST
-            self._decode[rows] += _AVOID_COST
+            self._prefill, self._decode = self._prefill.copy(), self._decode.copy()
+            for row in set(rows):
+                self._prefill[row] += _AVOID_COST
+                self._decode[row] += _AVOID_COST
 
     def cheapest(self) -> tuple[int, int] | None:
         """The best pair, ties broken by power of two choices; ``None`` if no two fit together."""
-        view = self._view
-        both = self._prefill_ok & self._decode_ok
         if self._one:
-            total = self._prefill + self._decode - self._same
-            row = _pick(_tied(both, total), view.open_prefill + view.open_decode, self._draw)
-            return row, row
-        best: tuple[float, Bools] | None = None
-        for members in self._groups():
-            prefill_ok, decode_ok = self._prefill_ok & members, self._decode_ok & members
-            cost = self._prefill[prefill_ok].min() + self._decode[decode_ok].min()
+            return self._pick_one(self._rows[2], self._totals(self._rows[2]))
+        best: tuple[float, tuple[Rows, Rows, Rows], Costs, Costs] | None = None
+        for rows in self._groups():
+            prefill, decode = self._prefill[rows[0]], self._decode[rows[1]]
+            cost = float(prefill.min()) + float(decode.min())
             if best is None or cost < best[0] - _TIE:
-                best = (float(cost), members)
+                best = (cost, rows, prefill, decode)
         if best is None:
             return None
-        cost, members = best
+        cost, (prefill_rows, decode_rows, both_rows), prefill, decode = best
         # At equal cost, an instance that does both saves the handoff.
-        same_ok = both & members
-        if same_ok.any():
-            total = self._prefill + self._decode - self._same
-            if total[same_ok].min() <= cost + _TIE:
-                rows = _tied(same_ok, total)
-                row = _pick(rows, view.open_prefill + view.open_decode, self._draw)
-                return row, row
+        if len(both_rows):
+            total = self._totals(both_rows)
+            if total.min() <= cost + _TIE:
+                return self._pick_one(both_rows, total)
+        view, draw = self._view, self._draw
         return (
-            _pick(
-                _tied(self._prefill_ok & members, self._prefill), view.open_prefill, 2 * self._draw
-            ),
-            _pick(
-                _tied(self._decode_ok & members, self._decode),
-                view.open_decode,
-                2 * self._draw + 1,
-            ),
+            _pick(_tied(prefill_rows, prefill), view.open_prefill, 2 * draw),
+            _pick(_tied(decode_rows, decode), view.open_decode, 2 * draw + 1),
         )
 
-    def _groups(self) -> list[Bools]:
-        """Members of each group that has both sides."""
+    def _totals(self, rows: Rows) -> Costs:
+        same = self._same if isinstance(self._same, float) else self._same[rows]
+        total: Costs = self._prefill[rows] + self._decode[rows] - same
+        return total
+
+    def _pick_one(self, rows: Rows, total: Costs) -> tuple[int, int]:
+        num_open = self._view.open_prefill + self._view.open_decode
+        row = _pick(_tied(rows, total), num_open, self._draw)
+        return row, row
+
+    def _groups(self) -> list[tuple[Rows, Rows, Rows]]:
+        """Rows of each group that has both sides: of prefill, of decode, of both."""
+        if self._view.sides.one_group:
+            return [self._rows]
         group = self._view.group
-        if self._view.one_group:
-            return [self._view.live]
-        both = np.intersect1d(group[self._prefill_ok], group[self._decode_ok])
-        return [group == number for number in both]
+        both = np.intersect1d(group[self._rows[0]], group[self._rows[1]])
+        first, second, third = self._rows
+        return [
+            (
+                first[group[first] == number],
+                second[group[second] == number],
+                third[group[third] == number],
+            )
+            for number in both
+        ]
 
     def num_pairs(self) -> int:
         """Pairs that passed the filters."""
         if self._one:
-            return int((self._prefill_ok & self._decode_ok).sum())
-        group = self._view.group
-        num_groups = int(group.max()) + 1
-        prefill = np.bincount(group[self._prefill_ok], minlength=num_groups)
-        decode = np.bincount(group[self._decode_ok], minlength=num_groups)
-        return int(prefill @ decode)
+            return len(self._rows[2])
+        return sum(len(prefill) * len(decode) for prefill, decode, _ in self._groups())
 
 
-def _tied(ok: Bools, cost: Costs) -> npt.NDArray[np.intp]:
-    """Rows among ``ok`` (not empty) that cost as little as the cheapest."""
-    rows = np.flatnonzero(ok)
-    costs = cost[rows]
-    tied: npt.NDArray[np.intp] = rows[costs <= costs.min() + _TIE]
+def _tied(rows: Rows, costs: Costs) -> Rows:
+    """Those of ``rows`` (not empty), which cost ``costs``, that cost as little as the cheapest."""
+    tied: Rows = rows[costs <= costs.min() + _TIE]
     return tied
 
 
-def _pick(rows: npt.NDArray[np.intp], num_open: npt.NDArray[np.int64], draw: int) -> int:
+def _pick(rows: Rows, num_open: npt.NDArray[np.int64], draw: int) -> int:
     """Power of two choices among equals: draw two, take the one with less open."""
     if len(rows) == 1:
         return int(rows[0])

@@ -6,21 +6,24 @@ import dataclasses
 
 import numpy as np
 
-from controller.columns import TIERS, PlacementView
+from controller.columns import TIERS, PlacementView, Rows
 from controller.events import PlaceQuery
 from controller.policies.base import Costs
+
+REMOTE = len(TIERS) - 1
+"""The tier of what another machine has."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """Leading tokens of a prompt; arrays have shape [rows]."""
+    """Leading tokens of a prompt."""
 
     device: Costs
-    """In the instance's own cache."""
-    pool: Costs
-    """In the fastest tier of the pool that has more than the device: what could be fetched."""
-    pool_tier: Costs
-    """Which: index into ``TIERS``; meaningless where ``pool`` is 0."""
+    """In the instance's own cache, per row."""
+    pool: int
+    """In the pool: whoever has less in its own cache could fetch what is missing."""
+    nearby: tuple[tuple[Rows, int], ...]
+    """Rows that need not fetch it from another machine, and their tier: an index of ``TIERS``."""
 
 
 def cached_tokens(query: PlaceQuery, view: PlacementView) -> CachedTokens | None:
@@ -28,20 +31,29 @@ def cached_tokens(query: PlaceQuery, view: PlacementView) -> CachedTokens | None
     if not query.prefix:
         return None
     num_rows = len(view.live)
-    device, pool, tier_of = np.zeros(num_rows), np.zeros(num_rows), np.zeros(num_rows)
     limit = query.num_prompt_tokens - 1
-    for match in query.prefix:
-        num_tokens = float(min(match.num_tokens, limit))
-        if match.tier == "device":
-            row = view.row_of.get(match.holder)
-            if row is not None:
-                device[row] = max(device[row], num_tokens)
-            continue
-        node = view.node_of.get(match.holder)
-        here = (view.node == node) if node is not None else np.zeros(num_rows, dtype=bool)
-        local = TIERS.index(match.tier) if match.tier in TIERS else len(TIERS) - 1
-        tier = np.where(here, local, len(TIERS) - 1)
-        better = (num_tokens > pool) | ((num_tokens == pool) & (tier < tier_of))
-        pool = np.where(better, num_tokens, pool)
-        tier_of = np.where(better, tier, tier_of)
-    return CachedTokens(device, np.where(pool > device, pool, 0.0), tier_of)
+    held: dict[int, int] = {}
+    most = 0
+    nearby: dict[int, int] = {}
+    """Machines whose own tiers have as much as any: the fastest of those tiers."""
+    for holder, tier, num_tokens in query.prefix:
+        if num_tokens > limit:
+            num_tokens = limit
+        if tier == "device":
+            row = view.row_of.get(holder)
+            if row is not None and held.get(row, 0) < num_tokens:
+                held[row] = num_tokens
+        elif num_tokens >= most:
+            if num_tokens > most:
+                most = num_tokens
+                nearby.clear()
+            node = view.node_of.get(holder)
+            if node is not None:
+                local = TIERS.index(tier) if tier in TIERS else REMOTE
+                nearby[node] = min(local, nearby.get(node, local))
+    device = np.zeros(num_rows)
+    if held:
+        rows = np.fromiter(held, np.intp, len(held))
+        device[rows] = np.fromiter(held.values(), np.float64, len(held))
+    near = tuple((np.flatnonzero(view.node == node), tier) for node, tier in nearby.items())
+    return CachedTokens(device, most, near)

@@ -18,12 +18,15 @@ from controller.columns import PlacementView
 from controller.events import PlaceQuery
 from controller.policies.base import Costs, Scores
 from controller.policies.least_loaded import load_costs
-from controller.policies.prefixes import CachedTokens, cached_tokens
+from controller.policies.prefixes import REMOTE, CachedTokens, cached_tokens
 
 # A target that will be missed costs as much as so many seconds: more than any wait, less than
 # what the request asked to avoid.
 _MISS_S = 1e3
 _EPSILON_S = 1e-9
+_PATIENCE = 30.0
+"""A request that is late anyway goes behind the longest queue, unless that is so many TTFT targets
+long."""
 _SMALLEST_CHUNK = 16.0
 
 
@@ -39,25 +42,34 @@ class SloAware:
 
     def score(self, query: PlaceQuery, view: PlacementView, now: float, draw: int) -> Scores:
         """See ``PlacementPolicy``."""
-        if not view.has_costs.any():
+        if not view.sides.any_costs:
             prefill, decode = load_costs(view)
             return Scores(prefill, decode, text="least loaded (nothing is measured yet): ")
         cached = cached_tokens(query, view)
-        ttft_s, own_s = predicted_ttft(query, view, now, cached)
+        queue_s = np.maximum(view.prefill_free_at_s - now, 0.0)
+        ttft_s, own_s = _ttft(query, view, queue_s, cached)
         tpot_s = predicted_tpot(query, view)
-        prefill, decode = ttft_s.copy(), tpot_s.copy()
-        slo = query.slo
+        prefill, decode = ttft_s, tpot_s
+        slo, rows = query.slo, view.sides.prefill
         if slo.ttft_s is not None:
-            prefill += _MISS_S * (ttft_s > slo.ttft_s)
-        handoff_s = view.handoff_latency_s + query.num_prompt_tokens * view.handoff_token_s
-        same = handoff_s / max(1.0, query.num_expected_tokens - 1.0)
+            missed = ttft_s > slo.ttft_s
+            if missed[rows].all():
+                # It misses wherever it goes: behind the longest queue it costs others least.
+                patience_s = _PATIENCE * slo.ttft_s
+                behind = np.where(queue_s < patience_s, -queue_s, queue_s)
+                prefill = behind + (_MISS_S + patience_s)
+            elif missed.any():
+                prefill = ttft_s + _MISS_S * missed
+        handoff_s = query.num_prompt_tokens * view.handoff_token_s
+        handoff_s += view.handoff_latency_s
+        same = handoff_s
+        same /= max(1.0, query.num_expected_tokens - 1.0)
         if slo.tpot_s is not None:
-            decode += _MISS_S * (tpot_s + same > slo.tpot_s)
-        wait_s = np.maximum(0.0, view.prefill_free_at_s - now)
+            missed = tpot_s + same > slo.tpot_s
+            if missed.any():
+                decode = tpot_s + _MISS_S * missed
         tentative = bool(
-            query.bind_to is None
-            and float(wait_s[view.live & view.placeable & view.takes_prefill].min(initial=0.0))
-            > self._late_binding_s
+            query.bind_to is None and len(rows) and queue_s[rows].min() > self._late_binding_s
         )
         return Scores(
             prefill,
@@ -75,52 +87,70 @@ def predicted_ttft(
     query: PlaceQuery, view: PlacementView, now: float, cached: CachedTokens | None
 ) -> tuple[Costs, Costs]:
     """Per row: TTFT (what has passed included), and the instance's time that prefill takes."""
+    return _ttft(query, view, np.maximum(view.prefill_free_at_s - now, 0.0), cached)
+
+
+def _ttft(
+    query: PlaceQuery, view: PlacementView, queue_s: Costs, cached: CachedTokens | None
+) -> tuple[Costs, Costs]:
     num_tokens = float(query.num_prompt_tokens)
     stretch = _stretch(query, view)
     device: Costs | float = 0.0 if cached is None else cached.device
-    own_s = _prefill_s(view, num_tokens - device, device) * stretch
-    fetch_s: Costs | float = 0.0
-    if cached is not None and cached.pool.any():
-        tier, rows = cached.pool_tier.astype(np.intp), np.arange(len(view.live))
-        wait_s = view.tier_latency_s[tier, rows]
-        wait_s = wait_s + (cached.pool - device) * view.tier_token_s[tier, rows]
-        rest_s = _prefill_s(view, num_tokens - cached.pool, cached.pool) * stretch
+    own_s = _prefill_s(view, num_tokens - device, device)
+    if stretch is not None:
+        own_s *= stretch
+    wait_s = queue_s
+    if cached is not None and cached.pool:
+        missing = cached.pool - cached.device
+        fetch_s = missing * view.tier_token_s[REMOTE]
+        fetch_s += view.tier_latency_s[REMOTE]
+        for rows, tier in cached.nearby:
+            fetch_s[rows] = view.tier_latency_s[tier, rows]
+            fetch_s[rows] += missing[rows] * view.tier_token_s[tier, rows]
+        rest_s = _prefill_s(view, num_tokens - cached.pool, float(cached.pool))
+        if stretch is not None:
+            rest_s *= stretch
         # As the instance will decide: the pool where that is faster.
-        fetches = (cached.pool > 0) & (wait_s + rest_s < own_s)
+        fetches = fetch_s + rest_s < own_s
+        fetches &= missing > 0
         own_s = np.where(fetches, rest_s, own_s)
-        fetch_s = np.where(fetches, wait_s, 0.0)
-    queue_s = np.maximum(0.0, view.prefill_free_at_s - now)
-    # A fetch goes on while others are computed.
-    return query.waited_s + np.maximum(queue_s, fetch_s) + own_s, own_s
+        # A fetch goes on while others are computed.
+        wait_s = np.maximum(queue_s, np.where(fetches, fetch_s, 0.0))
+    ttft_s = query.waited_s + wait_s
+    ttft_s += own_s
+    return ttft_s, own_s
 
 
 def predicted_tpot(query: PlaceQuery, view: PlacementView) -> Costs:
     """Per row: seconds per token with this request in the batch."""
-    num_decodes = view.open_decode + 1.0
-    context = view.open_context + query.num_prompt_tokens + query.num_expected_tokens / 2
-    step_s = view.decode_overhead_s + num_decodes * view.decode_item_s
-    return np.asarray(step_s + context * view.decode_context_s, dtype=np.float64)
+    step_s = view.open_decode + 1.0
+    step_s *= view.decode_item_s
+    step_s += view.decode_overhead_s
+    context = view.open_context + (query.num_prompt_tokens + query.num_expected_tokens / 2)
+    context *= view.decode_context_s
+    step_s += context
+    return np.asarray(step_s, dtype=np.float64)
 
 
 def _prefill_s(view: PlacementView, num_new: Costs | float, start: Costs | float) -> Costs:
     """Seconds to compute ``num_new`` tokens after ``start`` others, with nothing beside them."""
-    num_steps = np.ceil(num_new / np.maximum(view.max_num_batched_tokens, 1))
-    seconds = num_steps * view.prefill_overhead_s + num_new * view.prefill_item_s
-    return np.asarray(
-        seconds + num_new * (start + num_new / 2) * view.prefill_context_s, dtype=np.float64
-    )
+    seconds: Costs = np.ceil(num_new / view.sides.step_tokens)
+    seconds *= view.prefill_overhead_s
+    seconds += num_new * view.prefill_item_s
+    seconds += num_new * (start + num_new / 2) * view.prefill_context_s
+    return seconds
 
 
-def _stretch(query: PlaceQuery, view: PlacementView) -> Costs:
-    """Per row: how much longer prompts take beside the decodes there.
+def _stretch(query: PlaceQuery, view: PlacementView) -> Costs | None:
+    """Per row: how much longer prompts take beside the decodes there; ``None``: no longer at all.
 
     A step's prompt chunk is as large as the decodes' target lets it be.
     """
-    limit_s = query.slo.tpot_s
+    limit_s, rows = query.slo.tpot_s, view.sides.prefill
+    if limit_s is None or not view.open_decode[rows].any():
+        return None
     busy = view.open_decode > 0
-    if limit_s is None or not busy.any():
-        return np.ones(len(view.live))
-    largest = np.maximum(view.max_num_batched_tokens, 1)
+    largest = view.sides.step_tokens
     item_s = np.maximum(view.prefill_item_s, _EPSILON_S)
     overhead_s = np.maximum(view.prefill_overhead_s, view.decode_overhead_s)
     beside_s = view.open_decode * view.decode_item_s + view.open_context * view.decode_context_s
