@@ -113,7 +113,18 @@ def _job(task: Row) -> list[Row]:
                 "seconds": time.perf_counter() - started,
             }
         )
+        _tell(rows[-1])
     return rows
+
+
+def _tell(row: Row) -> None:
+    print(
+        f"{row['policy']:16} seed {row['seed']}  size {row['size']:4.0%}  "
+        f"{row['goodput_rate']:6.2f} hits {row['hit_rate'] or 0.0:.1%} of "
+        f"{row['ideal_hit_rate']:.1%}  flips {row['flips']} ({row['seconds']:.0f} s)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,16 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             for policy in args.policies.split(",")
         ]
         for future in concurrent.futures.as_completed([pool.submit(_job, t) for t in tasks]):
-            for row in future.result():
-                rows.append(row)
-                print(
-                    f"{time.perf_counter() - started:6.0f} s  {row['policy']:16} "
-                    f"seed {row['seed']}  size {row['size']:4.0%}  {row['goodput_rate']:6.2f} "
-                    f"hits {row['hit_rate'] or 0.0:.1%} of {row['ideal_hit_rate']:.1%} "
-                    f"flips {row['flips']} ({row['seconds']:.0f} s)",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            rows += future.result()
     record = {
         "schema": "baton.benchmark.sim_mooncake/1",
         "when": datetime.date.today().isoformat(),
