@@ -14,16 +14,29 @@ moves towards it, if that promises enough (``RolesConfig.gain``).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from baton.core.cluster import Role
 from baton.core.cost_model import CostModel
+from baton.core.policy_config import RolesConfig
 from controller.events import PlaceQuery, RequestEnded
 from controller.planner import FlipProposal, RoleAdvice, RoleInstance, RoleView
 
 _P, _D, _M = Role.PREFILL, Role.DECODE, Role.MIXED
+_MAX_STEPS = 64
+"""Of up to so many instances, every split is tried."""
+
+Split = tuple[int, int, int]
+"""Prefill, mixed and decode instances."""
+Splits = npt.NDArray[np.int64]
+"""Shape [splits, 3]."""
+Headrooms = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,7 +130,7 @@ class SloPlanner:
         if slo.ttft_s is None and slo.tpot_s is None:
             return
         cost = self._some_cost
-        cached = max((match.num_tokens for match in query.prefix), default=0)
+        cached = query.prefix[0].num_tokens if query.prefix else 0
         prefill_s = 0.0
         if cost is not None:
             prefill_s = cost.prefill_s(
@@ -213,22 +226,21 @@ class SloPlanner:
         by_memory = info.num_blocks * info.block_size / max(1.0, context)
         return max(1.0, min(by_time, float(info.max_num_seqs), by_memory))
 
-    def _headroom(self, split: tuple[int, int, int], cost: CostModel, demand: Demand) -> float:
-        """Of a split (prefill, mixed, decode): the smaller of both sides', weighted."""
-        num_prefill, num_mixed, num_decode = split
+    def _headroom(self, splits: Splits, cost: CostModel, demand: Demand) -> Headrooms:
+        """Of each split: the smaller of both sides', weighted."""
+        num_prefill, num_mixed, num_decode = splits.T.astype(np.float64)
         weight = self._tuning.decode_weight
         need = max(1e-3, demand.decode * weight)
         # Decodes go where nothing else is done first.
-        on_mixed = max(0.0, need - num_decode)
-        if on_mixed > num_mixed:
-            on_mixed = float(num_mixed)
-        share = on_mixed / num_mixed if num_mixed else 0.0
+        on_mixed = np.minimum(np.maximum(0.0, need - num_decode), num_mixed)
+        share = on_mixed / np.maximum(1.0, num_mixed)
         # What is left of a mixed instance's step beside the weights and its decodes.
         alone = max(0.0, 1.0 - cost.decode.overhead_s / self._limit_s(cost))
-        prefill = num_prefill + num_mixed * alone * max(0.0, 1.0 - share)
+        prefill = num_prefill + num_mixed * alone * np.maximum(0.0, 1.0 - share)
         decode = num_decode + num_mixed
         enough = self._tuning.enough
-        return min(min(prefill / max(1e-3, demand.prefill), enough), min(decode / need, enough))
+        sides = np.minimum(prefill / max(1e-3, demand.prefill), decode / need)
+        return np.asarray(np.minimum(sides, enough), dtype=np.float64)
 
     def _target(
         self,
@@ -236,30 +248,51 @@ class SloPlanner:
         view: RoleView,
         cost: CostModel,
         demand: Demand,
-    ) -> tuple[tuple[float, tuple[int, int, int]], tuple[float, tuple[int, int, int]]]:
+    ) -> tuple[tuple[float, Split], tuple[float, Split]]:
         """The best split with its headroom, and today's."""
         counts = {role: sum(item.role is role for item in members) for role in Role}
         today = (counts[_P], counts[_M], counts[_D])
-        here = (self._headroom(today, cost, demand), today)
-        best = here
-        config = view.config
-        for split in _splits(len(members), mixed=config.allow_mixed):
-            if split[0] + split[1] < config.min_prefill or split[1] + split[2] < config.min_decode:
-                continue
-            headroom = self._headroom(split, cost, demand)
-            if headroom > best[0] + 1e-9 or (
-                headroom > best[0] - 1e-9 and _moves(split, today) < _moves(best[1], today)
-            ):
-                best = (headroom, split)
+        here = (float(self._headroom(np.array([today]), cost, demand)[0]), today)
+        num, config = len(members), view.config
+        # Of many instances a few dozen steps first, and then those around the best.
+        step = max(1, num // _MAX_STEPS)
+        best = self._best(here, _splits(num, step, config.allow_mixed), config, cost, demand)
+        while step > 1:
+            step, near = max(1, step // 4), step
+            around = _splits(num, step, config.allow_mixed, best[1], near)
+            best = self._best(best, around, config, cost, demand, today)
         return best, here
+
+    def _best(
+        self,
+        known: tuple[float, Split],
+        splits: Splits,
+        config: RolesConfig,
+        cost: CostModel,
+        demand: Demand,
+        today: Split | None = None,
+    ) -> tuple[float, Split]:
+        """The one of the most headroom, or ``known``; of equals, that with the fewest moves from
+        ``today`` (without: from ``known``)."""
+        ok = (splits[:, 0] + splits[:, 1] >= config.min_prefill) & (
+            splits[:, 1] + splits[:, 2] >= config.min_decode
+        )
+        splits = np.vstack([[known[1]], splits[ok]])
+        headroom = self._headroom(splits, cost, demand)
+        headroom[0] = known[0]
+        moves = np.abs(splits - np.array(today or known[1])).sum(axis=1)
+        good = np.flatnonzero(headroom > headroom.max() - 1e-9)
+        found = int(good[moves[good].argmin()])
+        num_prefill, num_mixed, num_decode = splits[found].tolist()
+        return float(headroom[found]), (num_prefill, num_mixed, num_decode)
 
     def _towards(
         self,
         members: Sequence[RoleInstance],
         view: RoleView,
         demand: Demand,
-        here: tuple[float, tuple[int, int, int]],
-        best: tuple[float, tuple[int, int, int]],
+        here: tuple[float, Split],
+        best: tuple[float, Split],
         wanted: int,
     ) -> FlipProposal | None:
         """The first move from today's split to the best one."""
@@ -303,14 +336,22 @@ def _flip_cost(item: RoleInstance, to_prefill: bool) -> float:
     return float(load.num_decoding if to_prefill else load.num_waiting_tokens)
 
 
-def _splits(num: int, *, mixed: bool) -> Iterator[tuple[int, int, int]]:
-    for num_prefill in range(num + 1):
-        for num_mixed in range((num - num_prefill if mixed else 0) + 1):
-            yield num_prefill, num_mixed, num - num_prefill - num_mixed
+@functools.lru_cache(maxsize=64)
+def _splits(num: int, step: int, mixed: bool, around: Split | None = None, near: int = 0) -> Splits:
+    """Ways to split ``num`` instances, in steps; ``around`` one, only so ``near``."""
 
+    def counts(middle: int, most: int) -> range:
+        if around is None:
+            return range(0, most + 1, step)
+        return range(max(0, middle - near), min(most, middle + near) + 1, step)
 
-def _moves(one: tuple[int, int, int], other: tuple[int, int, int]) -> int:
-    return sum(abs(a - b) for a, b in zip(one, other, strict=True))
+    first, second = (0, 0) if around is None else around[:2]
+    found = [
+        (num_prefill, num_mixed, num - num_prefill - num_mixed)
+        for num_prefill in counts(first, num)
+        for num_mixed in counts(second, num - num_prefill if mixed else 0)
+    ]
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 
 def _tighter(known: float | None, new: float | None) -> float | None:

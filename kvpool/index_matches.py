@@ -77,6 +77,26 @@ class PrefixMatches:
             best += self._made(num_blocks, numbers(bits, count - len(best)))
         return best
 
+    def best_of(self, count: int, turn: int) -> Iterator[tuple[int, list[str], list[Tier]]]:
+        """As :meth:`best`, as (blocks, holders, their tiers) by length, longest first.
+
+        Where more have a length than there is room for, ``turn`` says which: those of a prefix that
+        everybody has are not always the same ones.
+        """
+        for num_blocks, bits in self._ends():
+            if count <= 0:
+                return
+            which = numbers(bits)
+            if len(which) > count:
+                first = turn % len(which)
+                which = (which[first:] + which[:first])[:count]
+            count -= len(which)
+            yield (
+                num_blocks,
+                [self._places.holders[number] for number in which],
+                [self._places.tiers[number] for number in which],
+            )
+
     def num_blocks(self, holder: str, tier: Tier = Tier.EXTERNAL) -> int:
         """How many leading blocks ``holder`` has in ``tier`` or faster ones, without iterating."""
         bits = self._places.up_to(holder, tier)
