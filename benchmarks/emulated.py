@@ -24,6 +24,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from baton.engine.checkpoint import open_checkpoint
 from baton.engine.fingerprints import emulated_tokens
 from baton.engine.profile_file import load_profile
 from baton.simulator.runs import Scenario, build
-from baton.simulator.workload import Trace, mean_rate, read_trace
+from baton.simulator.workload import Trace, TraceRequest, mean_rate, read_trace
 from benchmarks import emulated_probe
 from benchmarks.cluster import serving
 from benchmarks.emulated_rows import (
@@ -178,10 +179,13 @@ def run(
     trace: Trace,
     *,
     starts_s: Sequence[float] = (0.0,),
-    timeout_s: float = 900.0,
+    limit_s: float = 900.0,
     num_checked: int = 100,
 ) -> dict[str, Any]:
-    """Start the cluster, replay, stop it; the record of the run. ``trace`` is undilated."""
+    """Start the cluster, replay, stop it; the record of the run. ``trace`` is undilated.
+
+    ``limit_s``: of this machine; what has not finished then is a miss.
+    """
     d = setup.dilation
     items = [
         Item(r.arrival_s * d, r.num_prompt_tokens, r.num_output_tokens, (), None, r.service_class)
@@ -196,7 +200,7 @@ def run(
             roles = emulated_probe.initial_roles(cluster.controller)
             before = emulated_probe.read(cluster.controller)
             started_s = time.time()
-            result, maker = asyncio.run(_replay(cluster.grpc, setup, items, timeout_s))
+            result, maker = asyncio.run(_replay(cluster.grpc, setup, items, limit_s))
             wall_s = time.time() - started_s
             after = emulated_probe.read(cluster.controller)
             flips = emulated_probe.flips(cluster.controller)
@@ -223,12 +227,13 @@ def run(
 
 
 async def _replay(
-    address: str, setup: Setup, items: Sequence[Item], timeout_s: float
+    address: str, setup: Setup, items: Sequence[Item], limit_s: float
 ) -> tuple[LoadResult, PromptMaker]:
-    sender = GrpcSender(address, setup.model.name)
+    ends_s = time.perf_counter() + limit_s
+    sender = GrpcSender(address, setup.model.name, ends_s=ends_s)
     try:
         maker = PromptMaker(await sender.vocab_size(), seed=17)
-        result = await run_load(items, maker.prompt, sender, timeout_s=timeout_s)
+        result = await run_load(items, maker.prompt, sender, timeout_s=limit_s)
     finally:
         await sender.close()
     return result, maker
@@ -277,23 +282,48 @@ def _check(
 # In the simulator.
 
 
-def simulate(setup: Setup, trace: Trace, *, starts_s: Sequence[float] = (0.0,)) -> dict[str, Any]:
-    """The same cluster and trace in virtual time; the same record, as far as it applies."""
+def simulate(
+    setup: Setup,
+    trace: Trace,
+    *,
+    starts_s: Sequence[float] = (0.0,),
+    limit_s: float | None = None,
+) -> dict[str, Any]:
+    """The same cluster and trace in virtual time; the same record, as far as it applies.
+
+    ``limit_s``: of dilated time, as in :func:`run`.
+    """
     d = setup.dilation
     scenario, _ = setup.scenario()
     fleet = build(scenario)
+    if limit_s is not None:
+        fleet.config = dataclasses.replace(fleet.config, max_virtual_s=limit_s)
     started = time.perf_counter()
-    outcomes = fleet.run(tuple(dataclasses.replace(r, arrival_s=r.arrival_s * d) for r in trace))
+    dilated = tuple(dataclasses.replace(r, arrival_s=r.arrival_s * d) for r in trace)
     rows = []
-    for o in outcomes:
+    missing = Counter(dilated)
+    for o in fleet.run(dilated):
         ok = not o.error and o.ttft_s is not None
         first = (o.arrival_s + (o.ttft_s or 0.0)) / d if ok else None
         last = o.end_s / d if ok else None
         rows.append(
             Row(o.arrival_s / d, o.service_class, o.num_output_tokens, first, last, o.error)
         )
+        missing[
+            TraceRequest(
+                o.arrival_s,
+                o.num_prompt_tokens,
+                o.num_output_tokens,
+                service_class=o.service_class,
+            )
+        ] -= 1
+    rows += [
+        Row(r.arrival_s / d, r.service_class, r.num_output_tokens, None, None, "unfinished")
+        for r in missing.elements()
+    ]
     rows.sort(key=lambda row: row.arrival_s)
-    busy = {name: item.busy_s / max(1e-9, fleet.now) for name, item in fleet.instances.items()}
+    end_s = min(fleet.now, limit_s or fleet.now)
+    busy = {name: item.busy_s / max(1e-9, end_s) for name, item in fleet.instances.items()}
     return {
         "where": "simulator",
         "policy": setup.policy,
@@ -301,7 +331,8 @@ def simulate(setup: Setup, trace: Trace, *, starts_s: Sequence[float] = (0.0,)) 
         "split": setup.split,
         "dilation": d,
         "rate": mean_rate(trace),
-        "wall_s": time.perf_counter() - started,
+        "wall_s": end_s,
+        "took_s": time.perf_counter() - started,
         "classes": summarize(rows, setup.levels, starts_s),
         "host": {"busy": busy},
         "role_log": [[at / d, name, str(role)] for at, name, role in fleet.role_log],

@@ -18,11 +18,15 @@ SHED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
 class GrpcSender:
     """One channel for all requests."""
 
-    def __init__(self, address: str, model: str, *, temperature: float = 0.0) -> None:
+    def __init__(
+        self, address: str, model: str, *, temperature: float = 0.0, ends_s: float | None = None
+    ) -> None:
+        """``ends_s``: by ``time.perf_counter``; what has not finished then has failed."""
         self._channel = grpc.aio.insecure_channel(address)
         self._stub = rpc.InferenceStub(self._channel)
         self._model = model
         self._temperature = temperature
+        self._ends_s = ends_s
 
     async def send(self, prompt: Prompt, outcome: Outcome) -> None:
         """See :class:`benchmarks.outcome.Sender`."""
@@ -38,8 +42,9 @@ class GrpcSender:
         else:
             request.token_ids.ids.extend(prompt)
         finished = False
+        left_s = None if self._ends_s is None else max(0.0, self._ends_s - time.perf_counter())
         try:
-            async for message in self._stub.Generate(request):
+            async for message in self._stub.Generate(request, timeout=left_s):
                 at_s = time.perf_counter()
                 outcome.token_ids.extend(message.token_ids)
                 outcome.token_times_s.extend([at_s] * len(message.token_ids))
