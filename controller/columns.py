@@ -46,6 +46,8 @@ class Sides:
     """Whether anything is predicted of any of them."""
     step_tokens: Floats
     """Shape [rows]: prompt tokens of a full step, at least 1."""
+    of_node: Mapping[int, Rows]
+    """Live rows by machine."""
 
 
 class Memo:
@@ -120,6 +122,9 @@ class PlacementView:
             usable = self.live & self.placeable
             prefill, decode = usable & self.takes_prefill, usable & self.takes_decode
             lengths = self.max_tokens[self.live]
+            of_node: dict[int, list[int]] = {}
+            for row in self.names:
+                of_node.setdefault(int(self.node[row]), []).append(row)
             sides = self.memo.sides = Sides(
                 np.flatnonzero(prefill),
                 np.flatnonzero(decode),
@@ -129,6 +134,7 @@ class PlacementView:
                 self.one_group,
                 bool(self.has_costs.any()),
                 np.maximum(self.max_num_batched_tokens, 1).astype(np.float64),
+                {node: np.array(rows, dtype=np.intp) for node, rows in of_node.items()},
             )
         return sides
 

@@ -77,7 +77,7 @@ class PrefixMatches:
             best += self._made(num_blocks, numbers(bits, count - len(best)))
         return best
 
-    def best_of(self, count: int, turn: int) -> Iterator[tuple[int, list[str], list[Tier]]]:
+    def best_of(self, count: int, turn: int) -> Iterator[tuple[int, Iterator[str], Iterator[Tier]]]:
         """As :meth:`best`, as (blocks, holders, their tiers) by length, longest first.
 
         Where more have a length than there is room for, ``turn`` says which: those of a prefix that
@@ -86,15 +86,12 @@ class PrefixMatches:
         for num_blocks, bits in self._ends():
             if count <= 0:
                 return
-            which = numbers(bits)
-            if len(which) > count:
-                first = turn % len(which)
-                which = (which[first:] + which[:first])[:count]
+            which = numbers(bits, count, turn)
             count -= len(which)
             yield (
                 num_blocks,
-                [self._places.holders[number] for number in which],
-                [self._places.tiers[number] for number in which],
+                map(self._places.holders.__getitem__, which),
+                map(self._places.tiers.__getitem__, which),
             )
 
     def num_blocks(self, holder: str, tier: Tier = Tier.EXTERNAL) -> int:

@@ -95,21 +95,30 @@ class Places:
         return ladder.up_to[tier] if ladder is not None else 0
 
 
-def numbers(bits: int, limit: int | None = None) -> list[int]:
-    """The numbers of the places in a set, in no particular order; at most ``limit``."""
+def numbers(bits: int, limit: int | None = None, turn: int = 0) -> list[int]:
+    """The numbers of the places in a set, in no particular order; at most ``limit``.
+
+    With more than that, ``turn`` says which.
+    """
     count = bits.bit_count()
-    if limit is not None:
-        count = min(count, limit)
     if count >= _FEW_PLACES:
         packed = np.frombuffer(bits.to_bytes(-(-bits.bit_length() // 8), "little"), dtype=np.uint8)
-        found: list[int] = np.flatnonzero(np.unpackbits(packed, bitorder="little")).tolist()
-        return found[:count]
-    found = []
+        found = np.unpackbits(packed, bitorder="little").nonzero()[0]
+        if limit is not None and limit < count:
+            first = turn % count
+            found = np.concatenate((found[first : first + limit], found[: first + limit - count]))
+            found = found[:limit]
+        listed: list[int] = found.tolist()
+        return listed
+    each = []
     for _ in range(count):
         number = bits.bit_length() - 1
-        found.append(number)
+        each.append(number)
         bits ^= 1 << number
-    return found
+    if limit is not None and limit < count:
+        first = turn % count
+        return (each[first:] + each[:first])[:limit]
+    return each
 
 
 class PlaceSet:

@@ -204,7 +204,7 @@ class _Pick:
         best: tuple[float, tuple[Rows, Rows, Rows], Costs, Costs] | None = None
         for rows in self._groups():
             prefill, decode = self._prefill[rows[0]], self._decode[rows[1]]
-            cost = float(prefill.min()) + float(decode.min())
+            cost = float(np.minimum.reduce(prefill)) + float(np.minimum.reduce(decode))
             if best is None or cost < best[0] - _TIE:
                 best = (cost, rows, prefill, decode)
         if best is None:
@@ -256,7 +256,7 @@ class _Pick:
 
 def _tied(rows: Rows, costs: Costs) -> Rows:
     """Those of ``rows`` (not empty), which cost ``costs``, that cost as little as the cheapest."""
-    tied: Rows = rows[costs <= costs.min() + _TIE]
+    tied: Rows = rows[costs <= np.minimum.reduce(costs) + _TIE]
     return tied
 
 

@@ -36,10 +36,10 @@ def cached_tokens(query: PlaceQuery, view: PlacementView) -> CachedTokens | None
     most = 0
     nearby: dict[int, int] = {}
     """Machines whose own tiers have as much as any: the fastest of those tiers."""
-    for holder, tier, num_tokens in query.prefix:
+    for holder, where, num_tokens in query.prefix:
         if num_tokens > limit:
             num_tokens = limit
-        if tier == "device":
+        if where == "device":
             row = view.row_of.get(holder)
             if row is not None and held.get(row, 0) < num_tokens:
                 held[row] = num_tokens
@@ -49,11 +49,15 @@ def cached_tokens(query: PlaceQuery, view: PlacementView) -> CachedTokens | None
                 nearby.clear()
             node = view.node_of.get(holder)
             if node is not None:
-                local = TIERS.index(tier) if tier in TIERS else REMOTE
+                local = TIERS.index(where) if where in TIERS else REMOTE
                 nearby[node] = min(local, nearby.get(node, local))
     device = np.zeros(num_rows)
     if held:
         rows = np.fromiter(held, np.intp, len(held))
         device[rows] = np.fromiter(held.values(), np.float64, len(held))
-    near = tuple((np.flatnonzero(view.node == node), tier) for node, tier in nearby.items())
+    by_tier: dict[int, list[Rows]] = {}
+    for node, tier in nearby.items():
+        if (there := view.sides.of_node.get(node)) is not None:
+            by_tier.setdefault(tier, []).append(there)
+    near = tuple((np.concatenate(each), tier) for tier, each in by_tier.items())
     return CachedTokens(device, most, near)

@@ -53,12 +53,13 @@ class SloAware:
         slo, rows = query.slo, view.sides.prefill
         if slo.ttft_s is not None:
             missed = ttft_s > slo.ttft_s
-            if missed[rows].all():
+            num_missed = np.count_nonzero(missed[rows])
+            if num_missed == len(rows):
                 # It misses wherever it goes: behind the longest queue it costs others least.
                 patience_s = _PATIENCE * slo.ttft_s
                 behind = np.where(queue_s < patience_s, -queue_s, queue_s)
                 prefill = behind + (_MISS_S + patience_s)
-            elif missed.any():
+            elif num_missed:
                 prefill = ttft_s + _MISS_S * missed
         handoff_s = query.num_prompt_tokens * view.handoff_token_s
         handoff_s += view.handoff_latency_s
@@ -66,10 +67,12 @@ class SloAware:
         same /= max(1.0, query.num_expected_tokens - 1.0)
         if slo.tpot_s is not None:
             missed = tpot_s + same > slo.tpot_s
-            if missed.any():
+            if np.count_nonzero(missed):
                 decode = tpot_s + _MISS_S * missed
         tentative = bool(
-            query.bind_to is None and len(rows) and queue_s[rows].min() > self._late_binding_s
+            query.bind_to is None
+            and len(rows)
+            and np.minimum.reduce(queue_s[rows]) > self._late_binding_s
         )
         return Scores(
             prefill,
@@ -147,7 +150,7 @@ def _stretch(query: PlaceQuery, view: PlacementView) -> Costs | None:
     A step's prompt chunk is as large as the decodes' target lets it be.
     """
     limit_s, rows = query.slo.tpot_s, view.sides.prefill
-    if limit_s is None or not view.open_decode[rows].any():
+    if limit_s is None or not np.count_nonzero(view.open_decode[rows]):
         return None
     busy = view.open_decode > 0
     largest = view.sides.step_tokens
