@@ -25,6 +25,8 @@ import numpy.typing as npt
 
 from baton.core.blocks import BlockKey, extend_block_keys
 
+_ONE = np.uint64(1)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockStatistics:
@@ -151,7 +153,10 @@ class BlockManager:
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
-        self.generations[blocks] += np.uint64(1)
+        if count == 1:  # a decode's: the shorter way
+            self.generations[blocks[0]] += _ONE
+        else:
+            self.generations[blocks] += _ONE
         return blocks
 
     def acquire(self, blocks: Sequence[int]) -> None:

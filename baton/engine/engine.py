@@ -38,7 +38,7 @@ from baton.engine.interface import check_result
 from baton.engine.plan import RowResult, StepPlan, StepResult
 from baton.engine.prefixes import completed_prefix, prefix_keys, progress_of, register_blocks
 from baton.engine.scheduler import PlannedRow, Scheduler
-from baton.engine.sequence import Sequence
+from baton.engine.sequence import DummyTokens, Sequence
 from baton.engine.states import LIVE_STATES, SequenceEvent, SequenceState
 
 _S, _E = SequenceState, SequenceEvent
@@ -83,6 +83,9 @@ class Engine:
     def _make_scheduler(self) -> Scheduler:
         return Scheduler(self.config, self._blocks)
 
+    def _tokens_of(self, submission: Submission) -> list[int] | DummyTokens:
+        return [*submission.prompt_ids, *submission.output_ids]
+
     def set_cost_model(self, model: CostModel | None) -> None:
         """With one, prompt chunks are no larger than the TPOT targets of a step's decodes allow."""
         self._scheduler.cost_model = model
@@ -125,7 +128,7 @@ class Engine:
             salt=self._blocks.salt_for(tenant=submission.tenant, adapter=submission.adapter),
             max_num_tokens=min(submission.max_total_tokens, self.max_model_len),
             state=_S.PENDING_BLOCKS if part is Part.DECODE or fetch else _S.WAITING,
-            token_ids=[*submission.prompt_ids, *submission.output_ids],
+            token_ids=self._tokens_of(submission),
             stop_token_ids=frozenset(submission.sampling.stop_token_ids),
             owes_prompt_logprobs=submission.sampling.prompt_logprobs is not None,
             keys=list(keys),
@@ -385,18 +388,18 @@ class Engine:
     def load(self) -> InstanceLoad:
         """A snapshot. Cached blocks are those that nobody references; the rest are held."""
         count = {state: len(self._scheduler.queue(state)) for state in LIVE_STATES}
-        statistics = self._blocks.statistics()
+        tally, statistics = self._scheduler.tally(), self._blocks.statistics()
         return InstanceLoad(
             num_waiting=count[_S.WAITING] + count[_S.PREEMPTED],
             num_running=count[_S.RUNNING] + count[_S.READY],
             num_pending_kv=count[_S.PENDING_BLOCKS] + count[_S.PENDING_KV],
             num_held=count[_S.HELD],
-            num_waiting_tokens=sum(
-                sequence.num_uncomputed
-                for state in (_S.WAITING, _S.READY, _S.RUNNING)
-                for sequence in self._scheduler.queue(state)
-                if sequence.num_uncomputed > 1 or state is _S.WAITING
-            ),
+            num_waiting_tokens=tally.waiting_tokens,
+            num_offline_waiting_tokens=tally.offline_waiting_tokens,
+            num_decoding=tally.decoding,
+            num_context_tokens=tally.context,
+            num_offline_decoding=tally.offline_decoding,
+            num_offline_context_tokens=tally.offline_context,
             num_free_blocks=statistics.num_free,
             num_cached_blocks=statistics.num_idle,
             num_steps=self._num_steps,

@@ -8,6 +8,8 @@ then the sequence that wanted a block sits a step out.
 
 from __future__ import annotations
 
+import dataclasses
+
 from baton.core.config import EngineConfig
 from baton.core.request import Part
 from baton.engine.block_manager import BlockManager
@@ -22,6 +24,19 @@ from baton.engine.states import (
 )
 
 _S, _E = SequenceState, SequenceEvent
+
+
+@dataclasses.dataclass(slots=True)
+class Tally:
+    """What there is to do: tokens that wait to be computed, sequences that get one token a step and
+    the tokens in their cache. Of all, and of offline work."""
+
+    waiting_tokens: int = 0
+    offline_waiting_tokens: int = 0
+    decoding: int = 0
+    context: int = 0
+    offline_decoding: int = 0
+    offline_context: int = 0
 
 
 class Holders:
@@ -180,6 +195,26 @@ class Holders:
         return max(candidates, key=lambda item: item.rank, default=None)
 
     # Accounts.
+
+    def _running(self) -> list[Sequence]:
+        """Running sequences that a step has to look at, by rank."""
+        return list(self._queues[_S.RUNNING])
+
+    def tally(self) -> Tally:
+        """What there is to do now."""
+        tally = Tally()
+        for sequence in (*self._queues[_S.WAITING], *self._queues[_S.READY], *self._running()):
+            state, uncomputed = sequence.state, sequence.num_uncomputed
+            offline = sequence.is_offline
+            if uncomputed > 1 or state is _S.WAITING:
+                tally.waiting_tokens += uncomputed
+                tally.offline_waiting_tokens += uncomputed * offline
+            elif state is _S.RUNNING and sequence.part is not Part.PREFILL:
+                tally.decoding += 1
+                tally.context += sequence.num_computed
+                tally.offline_decoding += offline
+                tally.offline_context += sequence.num_computed * offline
+        return tally
 
     def _planned(self) -> list[Sequence]:
         """Of each row of each uncommitted plan."""

@@ -71,8 +71,8 @@ class Scheduler(Holders):
         self.cost_model: CostModel | None = None
         """With it, prompt chunks beside decodes are no larger than their TPOT targets allow."""
         self._smallest_chunk = max(16, blocks.block_size // 2)
-        self._num_implied = 0
-        """Tokens of the step that ``_draft`` makes no rows for; see ``CompactScheduler``."""
+        self._num_decodes = 0
+        """Leading rows of the last plan: those of one token that ``_grow`` made room for."""
 
     # Plans.
 
@@ -127,7 +127,7 @@ class Scheduler(Holders):
         order: Iterable[Sequence] = self._running()
         if ready:
             order = heapq.merge(order, list(ready), key=lambda item: item.rank)
-        budget = self._max_num_batched_tokens - self._num_implied
+        budget = self._max_num_batched_tokens - self._implied()[0]
         drafts: list[Draft] = []
         prefills: list[Sequence] = []
         for sequence in order:
@@ -139,6 +139,7 @@ class Scheduler(Holders):
             elif (sequence.slot is not None or self._free_slots) and self._grow(sequence):
                 drafts.append(self._row(sequence, 1, begins))
                 budget -= 1
+        self._num_decodes = len(drafts)
         budget = min(budget, self._chunk_limit(drafts))
         for sequence in prefills:
             if budget <= 0:
@@ -166,23 +167,24 @@ class Scheduler(Holders):
             budget -= chunk
         return drafts
 
-    def _running(self) -> list[Sequence]:
-        """Running sequences that this step has to look at, by rank."""
-        return list(self._queues[_RUNNING])
+    def _implied(self) -> tuple[int, int, float | None]:
+        """Decodes of the step that no rows are made for, their context, their tightest target for
+        TPOT; see ``CompactScheduler``."""
+        return 0, 0, None
 
     def _chunk_limit(self, decodes: list[Draft]) -> int:
         """Prompt tokens that this step may compute beside its decodes."""
-        if self.cost_model is None or not decodes:
+        if self.cost_model is None:
             return self._max_num_batched_tokens
-        targets = [
-            tpot_s
-            for draft in decodes
-            if (tpot_s := draft.sequence.submission.slo.tpot_s) is not None
-        ]
-        if not targets:
+        num, context, tightest = self._implied()
+        for draft in decodes:
+            tpot_s = draft.sequence.submission.slo.tpot_s
+            if tpot_s is not None and (tightest is None or tpot_s < tightest):
+                tightest = tpot_s
+        if tightest is None:
             return self._max_num_batched_tokens
-        context = sum(draft.start for draft in decodes)
-        return self._chunk_beside(min(targets), len(decodes), context)
+        context += sum(draft.start for draft in decodes)
+        return self._chunk_beside(tightest, num + len(decodes), context)
 
     def _chunk_beside(self, tpot_s: float, num_decodes: int, context: int) -> int:
         """So much that the decodes still meet ``tpot_s``; never 0, or prompts would starve."""

@@ -4,11 +4,48 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections import abc
 from collections.abc import Iterator
+from typing import overload
 
 from baton.core.blocks import BlockKey
 from baton.core.request import FinishReason, Part, Submission, TokenLogprobs
 from baton.engine.states import SequenceState
+
+
+class DummyTokens(abc.Sequence[int]):
+    """Tokens that nobody looks at, for simulations: how many there are is what counts.
+
+    They are like those of no other sequence whose ``token`` is another one.
+    """
+
+    __slots__ = ("_num", "_token")
+
+    def __init__(self, num: int, token: int) -> None:
+        self._num = num
+        self._token = token
+
+    def __len__(self) -> int:
+        return self._num
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> int | tuple[int, ...]:
+        places = range(self._num)[index]
+        return self._token if isinstance(places, int) else (self._token,) * len(places)
+
+    def append(self, token: int) -> None:
+        """One more."""
+        self._num += 1
+
+    def grow(self, num: int) -> None:
+        """So many more."""
+        self._num += num
+
 
 Rank = tuple[int, int]
 """(negated priority, order of arrival): smaller goes first, larger is preempted first."""
@@ -32,7 +69,7 @@ class Sequence:
     max_num_tokens: int
     """Prompt and outputs end here, whatever is drawn."""
     state: SequenceState
-    token_ids: list[int]
+    token_ids: list[int] | DummyTokens
     """Prompt, then the output tokens known so far."""
     stop_token_ids: frozenset[int]
     owes_prompt_logprobs: bool
@@ -76,6 +113,11 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens, in-flight ones included, that no plan computes yet; 1 for a decoding one."""
         return len(self.token_ids) + self.num_in_flight - self.num_computed
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether it yields to online work: by its rank, which may rise."""
+        return self.rank[0] > 0
 
     @property
     def next_output_index(self) -> int:
