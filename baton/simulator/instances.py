@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from baton.core.blocks import BlockKey
 from baton.core.cluster import InstanceLoad, Role
 from baton.core.config import EngineConfig
-from baton.core.cost_model import Profile
+from baton.core.cost_model import Profile, StepShape
 from baton.core.request import Part, SamplingParams, Submission
 from baton.engine.compact import CompactEngine
 from baton.engine.events import (
@@ -66,6 +65,10 @@ class SimInstance:
         """Set by the fleet, where there is one."""
         self._requests: dict[str, SimRequest] = {}
         self._stepping = False
+        self._num_leaps = 0
+        self._leap_steps = 0
+        """Of the leap under way; 0: none is."""
+        self._leap_start_s = self._leap_first_s = self._leap_more_s = 0.0
         self._link_free_s = 0.0
         self.num_steps = 0
         self.busy_s = 0.0
@@ -93,6 +96,7 @@ class SimInstance:
             slo=level.slo,
             rise_after_s=_rise_after_s(request, self._fleet.now),
         )
+        self.touch()
         self._requests[name] = request
         fetch = part is not Part.DECODE and self.pool is not None and self.pool.ask(request, name)
         self.engine.submit(submission, part, self._fleet.now, keys=request.keys, fetch=fetch)
@@ -108,7 +112,15 @@ class SimInstance:
     def _begin(self) -> None:
         now = self._fleet.now
         self._handle(self.engine.admit(now))
-        shape = self.engine.step_shape(now)
+        num_alike = self.engine.can_leap()
+        if num_alike > 1:
+            self._leap(num_alike)
+        else:
+            self._step(now)
+
+    def _step(self, start_s: float) -> None:
+        """Plan one step, which began or begins at ``start_s``."""
+        shape = self.engine.step_shape(self._fleet.now)
         if shape is None:
             return
         self._stepping = True
@@ -116,7 +128,49 @@ class SimInstance:
         self.num_steps += 1
         self.busy_s += seconds
         self.prefill_tokens += shape.num_prefill_tokens
-        self._fleet.at(now + seconds, self._end)
+        self._fleet.at(start_s + seconds, self._end)
+
+    def _leap(self, num_steps: int) -> None:
+        """Steps that are alike need no event each: each takes a little longer than the last."""
+        load = self.engine.load()
+        first = StepShape(num_decodes=load.num_decoding, decode_context=load.num_context_tokens)
+        self._leap_first_s = self._cost.step_s(first)
+        self._leap_more_s = load.num_decoding * self._cost.decode.context_s
+        self._leap_start_s, self._leap_steps = self._fleet.now, num_steps
+        self._stepping = True
+        self._num_leaps += 1
+        self._fleet.at(self._leap_start_s + self._leap_s(num_steps), self._landed, self._num_leaps)
+
+    def _leap_s(self, num_steps: int) -> float:
+        """Seconds of so many of the steps that are leapt over."""
+        return num_steps * self._leap_first_s + self._leap_more_s * num_steps * (num_steps - 1) / 2
+
+    def _landed(self, number: int) -> None:
+        if number != self._num_leaps or not self._leap_steps:
+            return  # it was interrupted
+        self._count_leap(self._leap_steps)
+        self._stepping = False
+        self.wake()
+
+    def _count_leap(self, num_steps: int) -> None:
+        if num_steps:
+            self.engine.leap(num_steps, self._fleet.now)
+        self.num_steps += num_steps
+        self.busy_s += self._leap_s(num_steps)
+        self._leap_steps = 0
+
+    def touch(self) -> None:
+        """To be called before anything changes in the engine: steps are under way one by one."""
+        if not self._leap_steps:
+            return
+        past_s = self._fleet.now - self._leap_start_s
+        low, high = 0, self._leap_steps - 1
+        while low < high:  # the most steps that are over
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._leap_s(middle) <= past_s else (low, middle - 1)
+        start_s = self._leap_start_s + self._leap_s(low)
+        self._count_leap(low)
+        self._step(start_s)
 
     def _end(self) -> None:
         self._stepping = False
@@ -177,6 +231,7 @@ class SimInstance:
             self._fleet.at(max(now, request.handed_at_s), self._arrived, request)
 
     def _arrived(self, request: SimRequest) -> None:
+        self.touch()
         self.engine.kv_arrived(request.request_id + "/d", 0)
         prefill = request.prefill
         assert prefill is not None
@@ -184,6 +239,7 @@ class SimInstance:
         self.wake()
 
     def _release(self, request: SimRequest) -> None:
+        self.touch()
         self._requests.pop(request.request_id, None)
         self.engine.release(request.request_id)
         self.wake()
@@ -206,6 +262,3 @@ def _prompt(num_tokens: int) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=4096)
 def _sampling(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-
-
-NO_KEYS: tuple[BlockKey, ...] = ()

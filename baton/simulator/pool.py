@@ -311,6 +311,7 @@ class SimPoolSide:
         fetch = self._fetches.pop(name)
         assert self._node is not None
         self._node.table.release(fetch.hold.hold_id, self._pool.fleet.now)
+        self._instance.touch()
         self._instance.engine.fetched(name, num_tokens)
         self._instance.wake()
 
