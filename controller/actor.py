@@ -9,6 +9,7 @@ import ray
 
 from baton.core.config import ControllerConfig
 from baton.core.cost_model import CostModel
+from controller.collector import collect_rarely
 from controller.service import ControllerService
 from protos.serving import HostedServer
 
@@ -36,6 +37,7 @@ class ControllerActor:
         costs: CostModel | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
+        collect_rarely()
         self._server = HostedServer(
             "controller",
             lambda: ControllerService(

@@ -16,7 +16,7 @@ from kvpool.index import KVIndex
 from kvpool.tiers import KVEvent, KVEventBatch, KVEventKind, KVSnapshot, Tier
 from protos.baton.internal.v1 import controller_pb2
 
-MAX_MATCHES = 64
+MAX_MATCHES = 32
 """Holders of one prompt's beginning that placement is told of, longest first."""
 
 _make: Callable[[tuple[str, str, int]], PrefixMatch] = functools.partial(tuple.__new__, PrefixMatch)

@@ -133,8 +133,8 @@ def choose(
         return NoChoice("no ready prefill and decode instance can exchange KV blocks")
     prefill, decode = pair
     reason = (
-        f"{scores.text}prefill {view.names[prefill]} at {scores.prefill[prefill]:.3f}, "
-        f"decode {view.names[decode]} at {scores.decode[decode]:.3f}"
+        f"{scores.text}prefill {view.names[prefill]} at {float(scores.prefill[prefill]):.3f}, "
+        f"decode {view.names[decode]} at {float(scores.decode[decode]):.3f}"
     )
     if prefill in avoided or decode in avoided:
         reason = (

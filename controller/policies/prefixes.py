@@ -31,8 +31,9 @@ def cached_tokens(query: PlaceQuery, view: PlacementView) -> CachedTokens | None
     if not query.prefix:
         return None
     num_rows = len(view.live)
-    limit = query.num_prompt_tokens - 1
-    held: dict[int, int] = {}
+    limit, row_of = query.num_prompt_tokens - 1, view.row_of
+    held: list[int] = []
+    lengths: list[int] = []
     most = 0
     nearby: dict[int, int] = {}
     """Machines whose own tiers have as much as any: the fastest of those tiers."""
@@ -40,9 +41,10 @@ def cached_tokens(query: PlaceQuery, view: PlacementView) -> CachedTokens | None
         if num_tokens > limit:
             num_tokens = limit
         if where == "device":
-            row = view.row_of.get(holder)
-            if row is not None and held.get(row, 0) < num_tokens:
-                held[row] = num_tokens
+            row = row_of.get(holder)
+            if row is not None:
+                held.append(row)
+                lengths.append(num_tokens)
         elif num_tokens >= most:
             if num_tokens > most:
                 most = num_tokens
@@ -53,8 +55,8 @@ def cached_tokens(query: PlaceQuery, view: PlacementView) -> CachedTokens | None
                 nearby[node] = min(local, nearby.get(node, local))
     device = np.zeros(num_rows)
     if held:
-        rows = np.fromiter(held, np.intp, len(held))
-        device[rows] = np.fromiter(held.values(), np.float64, len(held))
+        # Longest first: of one row's, the last that is written is the longest.
+        device[held[::-1]] = lengths[::-1]
     by_tier: dict[int, list[Rows]] = {}
     for node, tier in nearby.items():
         if (there := view.sides.of_node.get(node)) is not None:
