@@ -22,6 +22,7 @@ import numpy.typing as npt
 from baton.core.blocks import BlockKey
 from baton.core.cluster import InstanceLoad
 from baton.core.config import EngineConfig
+from baton.core.cost_model import CostModel
 from baton.core.request import Part, Submission
 from baton.engine.block_manager import BlockStatistics
 from baton.engine.engine import Engine
@@ -93,6 +94,11 @@ class EngineGroup:
         self._max_plans = 2 if config.async_scheduling else 1
         self._num_planned = 0
         self._num_steps = 0
+
+    def set_cost_model(self, model: CostModel | None) -> None:
+        """See ``Engine``."""
+        for engine in self._engines:
+            engine.set_cost_model(model)
 
     # Submissions.
 

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from baton.core.blocks import BlockKey
 from baton.core.cluster import InstanceLoad
 from baton.core.config import EngineConfig
+from baton.core.cost_model import CostModel
 from baton.core.request import Part, Submission
 from baton.engine.block_manager import BlockStatistics
 from baton.engine.events import Event
@@ -42,6 +43,9 @@ class SequenceEngine(Protocol):
         fetch: bool = False,
     ) -> None:
         """Take a submission on."""
+
+    def set_cost_model(self, model: CostModel | None) -> None:
+        """How long steps take, as far as is known: chunks are sized by it."""
 
     def prefix_keys(self, submission: Submission) -> list[BlockKey]:
         """Keys of the leading blocks that a lookup for it may find."""

@@ -42,6 +42,7 @@ from baton.engine.runners import check_ranks
 from baton.instance.assembly import assemble
 from baton.instance.instance import Instance
 from baton.instance.metrics import make_registry
+from baton.instance.own_costs import OwnCosts
 from baton.instance.pool_client import PoolClient, find_pool
 from baton.instance.pool_side import PoolSide, make_pool_side
 from baton.instance.roles import RoleSwitch
@@ -120,6 +121,8 @@ class InstanceServer:
             generations=self._cache.generations,
             track_cache=self._has_pool,
         )
+        emulation = self._emulation
+        self._costs = OwnCosts(engine, None if emulation is None else emulation.cost)
         transports = self._make_transports()
         self._exit.push_async_callback(loop.run_in_executor, None, transports.close)
         self.role = RoleSwitch(spec.role)
@@ -365,6 +368,7 @@ class InstanceServer:
 
     def _load(self) -> InstanceLoad:
         samples = self.parts.loop.samples.take()
+        self._costs.observe(reversed(samples))
         if self.parts.pool is not None:
             # Newest first, and it is to be told in order.
             for sample in reversed(samples):
