@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "decode_worker",
     ),
     "controller": ("baton.core", "protos", "kvpool.index", "kvpool.layout", "kvpool.tiers"),
-    "baton.gateway": ("baton.core", "protos"),
+    "baton.gateway": ("baton.core", "protos", "kvpool.layout"),
     "baton.client": ("baton.core", "protos"),
     "baton.simulator": ("baton.core", "kvpool", "baton.engine", "controller"),
     "baton.cli": (
