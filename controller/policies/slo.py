@@ -54,8 +54,10 @@ class SloAware:
         if slo.ttft_s is not None:
             missed = ttft_s > slo.ttft_s
             num_missed = np.count_nonzero(missed[rows])
-            if num_missed == len(rows):
-                # It misses wherever it goes: behind the longest queue it costs others least.
+            if num_missed == len(rows) and query.waited_s + _least(own_s[rows]) <= slo.ttft_s:
+                # Queues make it miss wherever it goes: behind the longest it costs others least.
+                # Not so what is too long for its target with no queue at all: such requests come
+                # at any load, and what piles up of them looks like demand for prefill.
                 patience_s = _PATIENCE * slo.ttft_s
                 behind = np.where(queue_s < patience_s, -queue_s, queue_s)
                 prefill = behind + (_MISS_S + patience_s)
@@ -84,6 +86,10 @@ class SloAware:
             prefill_s=own_s,
             tentative=tentative,
         )
+
+
+def _least(values: Costs) -> float:
+    return float(np.minimum.reduce(values, initial=np.inf))
 
 
 def predicted_ttft(
@@ -137,8 +143,7 @@ def predicted_tpot(query: PlaceQuery, view: PlacementView) -> Costs:
 
 def _prefill_s(view: PlacementView, num_new: Costs | float, start: Costs | float) -> Costs:
     """Seconds to compute ``num_new`` tokens after ``start`` others, with nothing beside them."""
-    seconds: Costs = np.ceil(num_new / view.sides.step_tokens)
-    seconds *= view.prefill_overhead_s
+    seconds: Costs = np.ceil(num_new / view.sides.step_tokens) * view.prefill_overhead_s
     seconds += num_new * view.prefill_item_s
     seconds += num_new * (start + num_new / 2) * view.prefill_context_s
     return seconds

@@ -150,13 +150,14 @@ class Plain:
         return float(seconds) / max(1.0, self.query.num_expected_tokens - 1.0)
 
     def prefill_cost(self, row: int) -> float:
-        view, target_s = self.view, self.query.slo.ttft_s
+        view, query, target_s = self.view, self.query, self.query.slo.ttft_s
         ttft_s = self.ttft_s(row)[0]
         takes = np.flatnonzero(view.placeable & view.takes_prefill)
         if target_s is None:
             return ttft_s
-        if all(self.ttft_s(int(other))[0] > target_s for other in takes):
-            # It is late anyway: behind the longest queue.
+        fits = any(query.waited_s + self.ttft_s(int(other))[1] <= target_s for other in takes)
+        if fits and all(self.ttft_s(int(other))[0] > target_s for other in takes):
+            # Queues make it late wherever it goes: behind the longest.
             queue_s = max(0.0, float(view.prefill_free_at_s[row]) - NOW)
             patience_s = PATIENCE * target_s
             return MISS + patience_s + (-queue_s if queue_s < patience_s else queue_s)
