@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import random
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from baton.engine.profile_file import load_profile
 from baton.simulator.runs import Scenario, build
 from baton.simulator.workload import Trace, TraceRequest, mean_rate, read_trace
 from benchmarks import emulated_probe
-from benchmarks.cluster import serving
+from benchmarks.cluster import Cluster, serving
 from benchmarks.emulated_rows import (
     ONLINE,
     Row,
@@ -93,7 +94,9 @@ class Setup:
     def settings(self) -> dict[str, Any]:
         """The file for ``baton serve --config``."""
         d = self.dilation
-        engine: dict[str, Any] = {"enable_prefix_cache": False}
+        # Prompts share nothing. One plan at a time, as in the simulator: with a plan ahead, what
+        # arrives during a step waits for one step more, and TPOT of short outputs shows it.
+        engine: dict[str, Any] = {"enable_prefix_cache": False, "async_scheduling": False}
         if self.emulated:
             engine |= {"device": "emulated", "profile": str(self.profile), "time_dilation": d}
         classes = {}
@@ -182,7 +185,34 @@ def run(
     limit_s: float = 900.0,
     num_checked: int = 100,
 ) -> dict[str, Any]:
-    """Start the cluster, replay, stop it; the record of the run. ``trace`` is undilated.
+    """Start the cluster, replay, stop it; see :func:`replay`."""
+    with cluster_of(setup) as cluster:
+        return replay(
+            cluster, setup, trace, starts_s=starts_s, limit_s=limit_s, num_checked=num_checked
+        )
+
+
+@contextlib.contextmanager
+def cluster_of(setup: Setup) -> Iterator[Cluster]:
+    """Start it, and stop it at the end."""
+    with tempfile.TemporaryDirectory(prefix="baton-emulated-") as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(json.dumps(setup.settings()))  # JSON is YAML
+        name = f"emulated-{Path(folder).name[-8:]}"
+        with serving(setup.model, ("--config", str(config), "--cluster", name)) as cluster:
+            yield cluster
+
+
+def replay(
+    cluster: Cluster,
+    setup: Setup,
+    trace: Trace,
+    *,
+    starts_s: Sequence[float] = (0.0,),
+    limit_s: float = 900.0,
+    num_checked: int = 100,
+) -> dict[str, Any]:
+    """The record of one run. ``trace`` is undilated, and so are times in the record.
 
     ``limit_s``: of this machine; what has not finished then is a miss.
     """
@@ -191,19 +221,15 @@ def run(
         Item(r.arrival_s * d, r.num_prompt_tokens, r.num_output_tokens, (), None, r.service_class)
         for r in trace
     ]
-    with tempfile.TemporaryDirectory(prefix="baton-emulated-") as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(json.dumps(setup.settings()))  # JSON is YAML
-        name = f"emulated-{Path(folder).name[-8:]}"
-        options = ("--config", str(config), "--cluster", name)
-        with serving(setup.model, options) as cluster:
-            roles = emulated_probe.initial_roles(cluster.controller)
-            before = emulated_probe.read(cluster.controller)
-            started_s = time.time()
-            result, maker = asyncio.run(_replay(cluster.grpc, setup, items, limit_s))
-            wall_s = time.time() - started_s
-            after = emulated_probe.read(cluster.controller)
-            flips = emulated_probe.flips(cluster.controller)
+    roles = emulated_probe.initial_roles(cluster.controller)
+    before = emulated_probe.read(cluster.controller)
+    started_s = time.time()
+    result, maker = asyncio.run(_replay(cluster.grpc, setup, items, limit_s))
+    wall_s = time.time() - started_s
+    after = emulated_probe.read(cluster.controller)
+    flips = [
+        flip for flip in emulated_probe.flips(cluster.controller) if flip["wall_s"] >= started_s
+    ]
     rows = _rows(result, d)
     log: list[list[Any]] = [[0.0, name, role] for name, role in sorted(roles.items())]
     log += [[(flip["wall_s"] - started_s) / d, flip["instance"], flip["to"]] for flip in flips]

@@ -49,18 +49,15 @@ def summarize(
         timings = [timing for row in own if (timing := row.timing) is not None]
         bounds = (*starts_s, float("inf"))
         phases = [
-            _attained([r for r in own if low <= r.arrival_s < high], level.slo)
+            _numbers([r for r in own if low <= r.arrival_s < high], level.slo)
             for low, high in itertools.pairwise(bounds)
         ]
         span_s = max(t.last_token_s for t in timings) - own[0].arrival_s if timings else 0.0
         one: dict[str, Any] = {
-            "requests": len(own),
+            **_numbers(own, level.slo),
             "failed": len(own) - len(timings),
             "failures": sorted({row.failure for row in own if row.failure}),
-            "attainment": _attained(own, level.slo),
             "phases": phases,
-            "ttft_s": distribution([t.ttft_s for t in timings]),
-            "tpot_s": distribution([t.tpot_s for t in timings if t.tpot_s is not None]),
             "e2e_s": distribution([t.e2e_s for t in timings]),
             "output_tokens_per_s": (
                 sum(t.num_output_tokens for t in timings) / span_s if span_s > 0 else None
@@ -72,9 +69,14 @@ def summarize(
     return found
 
 
-def _attained(rows: Sequence[Row], slo: Slo) -> float | None:
-    good = sum(timing.meets(slo) for row in rows if (timing := row.timing) is not None)
-    return attainment(good, len(rows))
+def _numbers(rows: Sequence[Row], slo: Slo) -> dict[str, Any]:
+    timings = [timing for row in rows if (timing := row.timing) is not None]
+    return {
+        "requests": len(rows),
+        "attainment": attainment(sum(timing.meets(slo) for timing in timings), len(rows)),
+        "ttft_s": distribution([t.ttft_s for t in timings]),
+        "tpot_s": distribution([t.tpot_s for t in timings if t.tpot_s is not None]),
+    }
 
 
 def in_class(trace: Trace, service_class: str = ONLINE) -> Trace:
@@ -107,6 +109,11 @@ def take(trace: Trace, rate: float, seconds: float, *, share: float = 0.5, seed:
     return rescale(trace[start : start + count], rate, "poisson", seed=seed)
 
 
+def share(value: float | None) -> str:
+    """As people read it; of nothing: a dash."""
+    return "-" if value is None else f"{value:.1%}"
+
+
 def describe(record: Mapping[str, Any]) -> str:
     """One run in one line."""
     parts = [f"{record['where']:9} {record['policy']} {record['split']} {record['rate']:.2f}/s"]
@@ -114,9 +121,9 @@ def describe(record: Mapping[str, Any]) -> str:
         ttft, tpot = one["ttft_s"], one["tpot_s"]
         numbers = [ttft["p50"], ttft["p90"], tpot["p50"], tpot["p90"]]
         text = "/".join("-" if v is None else f"{v * 1000:.0f}" for v in numbers)
-        phases = "/".join("-" if v is None else f"{v:.1%}" for v in one["phases"])
+        phases = "/".join(share(phase["attainment"]) for phase in one["phases"])
         parts.append(
-            f"{name}: {one['attainment']:.1%} ({phases}), TTFT p50/p90, TPOT p50/p90 {text} ms, "
+            f"{name}: {share(one['attainment'])} ({phases}), TTFT p50/p90, TPOT p50/p90 {text} ms, "
             f"{one['failed']} of {one['requests']} failed"
         )
     flips = record["flips"]

@@ -40,7 +40,7 @@ from baton.engine.profile_file import load_profile, save_profile
 from baton.simulator.runs import Load, static_best
 from baton.simulator.workload import Trace, exchanged, follow, mean_rate, read_trace
 from benchmarks.emulated import DEMO_MODEL, PROFILE, ROOT, Setup, run, simulate
-from benchmarks.emulated_rows import ONLINE, describe, in_class, shorten, take, write
+from benchmarks.emulated_rows import ONLINE, describe, in_class, share, shorten, take, write
 
 _GUESSES = (60.0, 8.0)
 """Requests per second, about where a phase's goodput is found."""
@@ -120,10 +120,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"| {one['policy']}{', elastic' if elastic else ''} | {one['split']} | "
             f"{level['attainment']:.1%} | "
-            + " | ".join("-" if p is None else f"{p:.1%}" for p in level["phases"])
+            + " | ".join(share(phase["attainment"]) for phase in level["phases"])
             + f" | {flips} | {level['ttft_s']['p90'] or 0:.2f} | "
             f"{(level['tpot_s']['p90'] or 0) * 1000:.0f} | "
-            f"{'-' if host is None else f'{host:.1%}'} | {one.get('tokens', {}).get('wrong', 0)} |"
+            f"{share(host)} | {one.get('tokens', {}).get('wrong', 0)} |"
         )
     elastic, *static = (one["classes"][ONLINE]["attainment"] for one in runs)
     best = max(static, default=0.0)
