@@ -44,8 +44,8 @@ class Sides:
     """Whether all live instances can exchange blocks."""
     any_costs: bool
     """Whether anything is predicted of any of them."""
-    step_tokens: Floats
-    """Shape [rows]: prompt tokens of a full step, at least 1."""
+    step_tokens: Floats | float
+    """Prompt tokens of a full step, at least 1: shape [rows], or one number where all are equal."""
     of_node: Mapping[int, Rows]
     """Live rows by machine."""
 
@@ -133,10 +133,16 @@ class PlacementView:
                 int(lengths.max(initial=0)),
                 self.one_group,
                 bool(self.has_costs.any()),
-                np.maximum(self.max_num_batched_tokens, 1).astype(np.float64),
+                self._step_tokens(),
                 {node: np.array(rows, dtype=np.intp) for node, rows in of_node.items()},
             )
         return sides
+
+    def _step_tokens(self) -> Floats | float:
+        live = self.max_num_batched_tokens[self.live]
+        if len(live) and live.min() == live.max():
+            return float(live[0])
+        return np.maximum(self.max_num_batched_tokens, 1).astype(np.float64)
 
     @property
     def one_group(self) -> bool:

@@ -7,9 +7,15 @@ for how long, follows from the outputs that came.
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
 
 from controller.events import PlaceQuery, RequestEnded
 
+_all_but_told: Callable[[PlaceQuery], Any] = operator.attrgetter(
+    *(f.name for f in dataclasses.fields(PlaceQuery) if f.name != "expected_new_tokens")
+)
 _WEIGHT = 0.02
 """Of the newest: some fifty requests are remembered."""
 
@@ -36,4 +42,5 @@ class OutputLengths:
 
     def told(self, query: PlaceQuery) -> PlaceQuery:
         """The query with what is expected of it."""
-        return dataclasses.replace(query, expected_new_tokens=self.expect(query))
+        # A third of the time of dataclasses.replace; the field is the last.
+        return PlaceQuery(*(*_all_but_told(query), self.expect(query)))
