@@ -53,7 +53,7 @@ SLO = Slo(10.0, 0.1)
 NUM = 8
 POLICIES = ("slo", "least-loaded", "prefix-affinity")
 SIZES = (1.0, 0.5, 0.25, 0.1, 0.0)
-PRECISION = 0.02
+PRECISION = 0.03
 Row = dict[str, Any]
 
 
