@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 
 import grpc.aio
 from prometheus_client import make_asgi_app
@@ -16,6 +17,7 @@ from controller.core import ControllerCore
 from controller.discovery import open_store
 from controller.drains import DRAIN_KEY_PREFIX
 from controller.elastic import PAUSE_KEY_PREFIX
+from controller.event_log_file import CoreStart, EventLog, LoggedCore
 from controller.metrics import ControllerMetrics
 from controller.planner import RolePlanner
 from controller.prediction_metrics import PredictionCollector
@@ -138,16 +140,7 @@ class ControllerService:
         self._writer = StoreWriter(self._store, address=self.address, epoch=epoch, values=stored)
         self._writer.start()
         self.metrics_address = await self._http.start()
-        core = ControllerCore(
-            self._config,
-            epoch=epoch,
-            stored=stored,
-            planner=self._planner,
-            costs=self._costs,
-            weights=self._weights,
-            run_id=self._run_id,
-            wall_offset_s=self._clock.wall() - self._clock.now(),
-        )
+        core = self._make_core(epoch, stored)
         self._metrics.registry.register(PredictionCollector(core.predictions.errors))
         self._shell = ControllerShell(core, self._clock, self._writer, self._metrics)
         constants = cluster_pb2.ClusterStatus(
@@ -162,3 +155,21 @@ class ControllerService:
             ClusterServicer(self._shell, constants),
         )
         await server.start()
+
+    def _make_core(self, epoch: int, stored: Mapping[str, str]) -> ControllerCore:
+        start = CoreStart(
+            self._config,
+            epoch,
+            stored,
+            self._costs,
+            self._weights,
+            self._run_id,
+            self._clock.wall() - self._clock.now(),
+        )
+        if self._config.event_log is None:
+            return start.make(self._planner)
+        if self._planner is not None:
+            raise ConfigError(
+                "an event log cannot be kept of a planner of one's own", param="event_log"
+            )
+        return LoggedCore(start, EventLog(Path(self._config.event_log)))

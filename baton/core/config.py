@@ -240,6 +240,8 @@ class ControllerConfig:
     package.module:Class of your own."""
     profile: str | None = None
     """A file of ``baton profile``: what predictions start from, until steps have been measured."""
+    event_log: str | None = None
+    """A file to which every event and what was decided of it is appended; none by default."""
     admission: AdmissionConfig = dataclasses.field(default_factory=AdmissionConfig)
     roles: RolesConfig = dataclasses.field(default_factory=RolesConfig)
 
