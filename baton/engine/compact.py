@@ -23,6 +23,7 @@ from baton.engine.block_manager import BlockManager
 from baton.engine.engine import Engine
 from baton.engine.events import Event
 from baton.engine.holders import Tally
+from baton.engine.limits import Limits
 from baton.engine.plan import RowResult, SequenceStep, SlotBegin, StepPlan, shape_of
 from baton.engine.prefixes import register_blocks
 from baton.engine.scheduler import Draft, PlannedRow, Scheduler
@@ -149,7 +150,9 @@ class CompactScheduler(Scheduler):
         sequence.num_computed += num
         sequence.num_committed = sequence.num_computed
         self._steady[sequence] = self.step
-        register_blocks(sequence, self.blocks)
+        if sequence.num_committed // self.blocks.block_size > sequence.num_registered:
+            register_blocks(sequence, self.blocks)
+            self.registered(sequence)
 
     # Plans.
 
@@ -190,7 +193,10 @@ class CompactScheduler(Scheduler):
         while self._due:
             at, joined, _, sequence = self._due[0]
             if self._steady.get(sequence) == joined:
-                return at - 1 - self.step
+                count = at - 1 - self.step
+                while count and not self._bears_offline(later=count):
+                    count //= 2
+                return count
             heapq.heappop(self._due)
         return 0
 
@@ -200,23 +206,54 @@ class CompactScheduler(Scheduler):
             # Memory may be short: who gives way is for the whole batch to say.
             for sequence in list(self._steady):
                 self._unsettle(sequence)
-        elif self._full:
+        elif not self._bears_offline():
+            for sequence in [item for item in self._steady if item.is_offline]:
+                self._unsettle(sequence)
+        if self._full:
             blocks = self.blocks.allocate(len(self._full))
             for sequence, block in zip(self._full, blocks, strict=True):
                 sequence.blocks.append(block)
                 self._expect(sequence)
             self._full.clear()
         if not (self._busy or self._queues[_S.READY] or self._queues[_S.WAITING]):
-            self._num_decodes = self._num_short = 0
+            self._num_decodes = self._num_short = self._num_taken = 0
             return []
         return super()._draft(begins)
 
     def _running(self) -> list[Sequence]:
         return sorted(self._busy, key=lambda item: item.rank)
 
-    def _implied(self) -> tuple[int, int, float | None]:
-        targets = (*self._online.targets, *self._offline.targets)
-        return len(self._steady), self.context, min(targets, default=None)
+    def _num_implied(self) -> int:
+        return len(self._steady)
+
+    def _limits(self) -> Limits:
+        limits = super()._limits()
+        limits.add(self.num_steady, self.context, min(self._online.targets, default=None))
+        return limits
+
+    def _bears_offline(self, *, later: int = 0) -> bool:
+        """Whether no decode has to give way; or, if only steady ones remain, so much later."""
+        if self.cost_model is None or not self._offline.num:
+            return True
+        limits = self._limits()
+        limits.add(0, later * self.num_steady, None)
+        for sequence in (*self._busy, *self._queues[_S.READY]):
+            waits = sequence.state is _S.READY and sequence.is_offline
+            if sequence.num_uncomputed == 1 and not waits:
+                limits.count(sequence, sequence.num_computed)
+        return limits.bears_all()
+
+    def _raise(self, sequence: Sequence) -> None:
+        if sequence in self._steady:
+            self._unsettle(sequence)
+        super()._raise(sequence)
+
+    def _draws_last(self, sequence: Sequence) -> bool:
+        joined = self._steady.get(sequence)
+        if joined is None:
+            return super()._draws_last(sequence)
+        known = len(sequence.token_ids) + self.step - joined + self.in_step
+        return known >= sequence.max_num_tokens
 
     # Accounts.
 
@@ -258,6 +295,7 @@ class CompactEngine(Engine):
         """Plan the next step; what it computes. ``None`` where nothing can run now."""
         scheduler = self._scheduler
         assert not scheduler.in_step, "one step at a time"
+        scheduler.rise(now)
         self._plan = scheduler.schedule()
         num_decodes, context = scheduler.num_steady, scheduler.context
         if self._plan is None:
@@ -300,5 +338,7 @@ class CompactEngine(Engine):
     def leap(self, num_steps: int, now: float) -> None:
         """So many of them are computed; at most :meth:`can_leap`."""
         assert num_steps <= self.can_leap(), "something happens before that"
-        self._scheduler.step += num_steps
-        self._num_steps += num_steps
+        if num_steps:
+            self._scheduler.step += num_steps
+            self._num_steps += num_steps
+            self._scheduler.rise(now)

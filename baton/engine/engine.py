@@ -73,6 +73,7 @@ class Engine:
             track_changes=self._track_cache,
         )
         self._scheduler = self._make_scheduler()
+        self._scheduler.track_cache = self._track_cache
         self._sequences: dict[str, Sequence] = {}
         self._num_submitted = 0
         self._num_steps = 0
@@ -87,7 +88,7 @@ class Engine:
         return [*submission.prompt_ids, *submission.output_ids]
 
     def set_cost_model(self, model: CostModel | None) -> None:
-        """With one, prompt chunks are no larger than the TPOT targets of a step's decodes allow."""
+        """With one, steps are no longer than targets of online work allow: see ``limits``."""
         self._scheduler.cost_model = model
 
     # Submissions.
@@ -133,6 +134,8 @@ class Engine:
             owes_prompt_logprobs=submission.sampling.prompt_logprobs is not None,
             keys=list(keys),
         )
+        if submission.rise_after_s is not None:
+            sequence.rises_at_s = now + submission.rise_after_s
         self._sequences[submission.request_id] = sequence
         self._scheduler.add(sequence)
 
@@ -280,6 +283,7 @@ class Engine:
         None where nothing can run now, or where as many plans are uncommitted as may be (two with
         ``async_scheduling``, else one).
         """
+        self._scheduler.rise(now)
         return self._scheduler.schedule()
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
@@ -329,6 +333,7 @@ class Engine:
         sequence.num_in_flight -= sample
         if sequence.num_committed // self._blocks.block_size > sequence.num_registered:
             register_blocks(sequence, self._blocks)
+            self._scheduler.registered(sequence)
         is_prefill = sequence.part is _PREFILL
         if token_id is None or not sample:
             # One preempted meanwhile gives its blocks back now: there is nothing to publish.
@@ -374,6 +379,8 @@ class Engine:
         events, self._late_events = self._late_events, []
         preempted, self._scheduler.preempted = self._scheduler.preempted, []
         events += [Preempted(name) for name in preempted if name in self._sequences]
+        events += self._scheduler.offers
+        self._scheduler.offers.clear()
         if self._track_cache and (changes := self._blocks.take_changes()):
             events.append(CacheChanged(tuple(changes)))
         return events
@@ -387,25 +394,7 @@ class Engine:
 
     def load(self) -> InstanceLoad:
         """A snapshot. Cached blocks are those that nobody references; the rest are held."""
-        count = {state: len(self._scheduler.queue(state)) for state in LIVE_STATES}
-        tally, statistics = self._scheduler.tally(), self._blocks.statistics()
-        return InstanceLoad(
-            num_waiting=count[_S.WAITING] + count[_S.PREEMPTED],
-            num_running=count[_S.RUNNING] + count[_S.READY],
-            num_pending_kv=count[_S.PENDING_BLOCKS] + count[_S.PENDING_KV],
-            num_held=count[_S.HELD],
-            num_waiting_tokens=tally.waiting_tokens,
-            num_offline_waiting_tokens=tally.offline_waiting_tokens,
-            num_decoding=tally.decoding,
-            num_context_tokens=tally.context,
-            num_offline_decoding=tally.offline_decoding,
-            num_offline_context_tokens=tally.offline_context,
-            num_free_blocks=statistics.num_free,
-            num_cached_blocks=statistics.num_idle,
-            num_steps=self._num_steps,
-            num_finished=self._num_finished,
-            num_preemptions=self._scheduler.num_preemptions,
-        )
+        return self._scheduler.load(num_steps=self._num_steps, num_finished=self._num_finished)
 
     def block_statistics(self) -> BlockStatistics:
         """An account of every block, for metrics."""

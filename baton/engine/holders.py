@@ -4,15 +4,24 @@ Memory: a sequence gets the blocks of all its known tokens when it starts, and o
 while it decodes. When none is left, the last in rank gives its blocks back and is computed again
 later. What an uncommitted plan writes to is given back only when that plan is committed; until
 then the sequence that wanted a block sits a step out.
+
+Offline work (priority below 0) gives its slots and blocks to online work that wants to start, and
+ranks with it from the time on that its deadline demands. What a preempted sequence leaves in the
+cache is offered to other tiers; offline work, which must count with that, offers it as it goes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
+from collections import Counter
 
+from baton.core.cluster import InstanceLoad
 from baton.core.config import EngineConfig
 from baton.core.request import Part
 from baton.engine.block_manager import BlockManager
+from baton.engine.events import PrefixComplete
+from baton.engine.prefixes import completed_prefix
 from baton.engine.sequence import RankedQueue, Sequence
 from baton.engine.states import (
     HOLDS_BLOCKS,
@@ -24,6 +33,9 @@ from baton.engine.states import (
 )
 
 _S, _E = SequenceState, SequenceEvent
+
+OFFER_BLOCKS = 8
+"""Offline work offers its blocks to other tiers so many at a time."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,9 +66,23 @@ class Holders:
         """Finished sequences that an uncommitted plan still contains."""
         self._num_short = 0
         """Sequences that sat out the last step for want of a block."""
+        self._num_taken = 0
+        """Sequences preempted in the last step for want of blocks."""
         self.preempted: list[str] = []
         """Request ids preempted since the engine last told about them."""
         self.num_preemptions = 0
+        self.tightest_ttft_s: float | None = None
+        """Of all online work that came here."""
+        self.num_offline = 0
+        """Sequences that yield."""
+        self._rising: dict[int, Sequence] = {}
+        """By arrival: those of them that will no longer."""
+        self._risings: list[tuple[float, int]] = []
+        """(when, arrival)."""
+        self.track_cache = False
+        """Whether ``offers`` are wanted."""
+        self.offers: list[PrefixComplete] = []
+        """What other tiers may copy, since the engine last told about it."""
 
     # Queues.
 
@@ -67,6 +93,32 @@ class Holders:
     def add(self, sequence: Sequence) -> None:
         """A new sequence, in the state it enters with."""
         self._queues[sequence.state].add(sequence)
+        if not sequence.is_offline:
+            ttft_s = sequence.submission.slo.ttft_s
+            if ttft_s is not None and (
+                self.tightest_ttft_s is None or ttft_s < self.tightest_ttft_s
+            ):
+                self.tightest_ttft_s = ttft_s
+        else:
+            self.num_offline += 1
+            if sequence.rises_at_s is not None:
+                arrival = sequence.rank[1]
+                self._rising[arrival] = sequence
+                heapq.heappush(self._risings, (sequence.rises_at_s, arrival))
+
+    def rise(self, now: float) -> None:
+        """Offline sequences whose time has come rank with online ones."""
+        while self._risings and self._risings[0][0] <= now:
+            sequence = self._rising.pop(heapq.heappop(self._risings)[1], None)
+            if sequence is not None:
+                self._raise(sequence)
+
+    def _raise(self, sequence: Sequence) -> None:
+        queue = self._queues[sequence.state]
+        queue.remove(sequence)
+        sequence.rank = (0, sequence.rank[1])
+        queue.add(sequence)
+        self.num_offline -= 1
 
     def move(self, sequence: Sequence, event: SequenceEvent) -> None:
         """Apply ``event``: state, queue, and slot and blocks that the new state does not hold."""
@@ -78,8 +130,12 @@ class Holders:
             sequence.slot = None
         if state is not _S.FINISHED:
             self._queues[state].add(sequence)
-        elif sequence.num_plans:
-            self._ended.add(sequence)
+        else:
+            if sequence.is_offline:
+                self.num_offline -= 1
+                self._rising.pop(sequence.rank[1], None)
+            if sequence.num_plans:
+                self._ended.add(sequence)
         self._settle(sequence)
 
     def _settle(self, sequence: Sequence) -> None:
@@ -87,6 +143,7 @@ class Holders:
         if sequence.num_plans:
             return
         if sequence.state is _S.PREEMPTED:
+            self._offer(sequence)
             self.blocks.release(sequence.take_blocks())
             self.num_preemptions += 1
             self.preempted.append(sequence.request_id)
@@ -95,20 +152,25 @@ class Holders:
             self._ended.discard(sequence)
             self.blocks.release(sequence.take_blocks())
 
+    def registered(self, sequence: Sequence) -> None:
+        """More of its blocks are in the cache."""
+        if sequence.num_registered - sequence.num_offered >= OFFER_BLOCKS and sequence.is_offline:
+            self._offer(sequence)
+
+    def _offer(self, sequence: Sequence) -> None:
+        if self.track_cache and sequence.num_registered > sequence.num_offered:
+            sequence.num_offered = sequence.num_registered
+            self.offers.append(completed_prefix(sequence, self.blocks))
+
     # Memory.
 
     def _give_blocks(self, sequence: Sequence, *, ahead: Sequence | None) -> bool:
         """Blocks for all known tokens of a sequence that has none, the cached ones first.
 
-        ``ahead``: the first of the other queue for memory; if it ranks before, its blocks are
-        left for it, so that neither queue starves the other. False, and nothing changed, if the
-        blocks do not fit now. Sets ``num_computed`` and ``num_committed`` to what the cache held.
+        False, and nothing changed, if the blocks do not fit now. Sets ``num_computed`` and
+        ``num_committed`` to what the cache held.
         """
-        hits, num_blocks = self._wants(sequence)
-        if ahead is not None and ahead.rank < sequence.rank:
-            num_blocks += self._wants(ahead)[1]
-        if self._queues[_S.RUNNING] or self._queues[_S.READY]:
-            num_blocks += self._watermark + self._num_short
+        hits, num_blocks = self._needs(sequence, ahead)
         if num_blocks > self.blocks.num_available:
             return False
         self.blocks.acquire(hits)
@@ -120,6 +182,19 @@ class Holders:
             sequence.has_looked_up = True
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
         return True
+
+    def _needs(self, sequence: Sequence, ahead: Sequence | None) -> tuple[list[int], int]:
+        """Cached blocks to start from, and how many blocks must be available for it.
+
+        ``ahead``: the first of the other queue for memory; if it ranks before, its blocks are
+        left for it, so that neither queue starves the other.
+        """
+        hits, num_blocks = self._wants(sequence)
+        if ahead is not None and ahead.rank < sequence.rank:
+            num_blocks += self._wants(ahead)[1]
+        if self._queues[_S.RUNNING] or self._queues[_S.READY]:
+            num_blocks += self._watermark + self._num_short
+        return hits, num_blocks
 
     def _wants(self, sequence: Sequence) -> tuple[list[int], int]:
         """Cached blocks to start from, and how many available blocks starting takes in all."""
@@ -137,6 +212,8 @@ class Holders:
         reserved: list[Sequence] = []
         waiting = self._queues[_S.WAITING].first
         for sequence in list(self._queues[_S.PENDING_BLOCKS]):
+            if self.num_offline and not sequence.is_offline:
+                self._make_way(*self._needs(sequence, waiting), 0)
             if not self._give_blocks(sequence, ahead=waiting):
                 break
             self.move(sequence, _E.RESERVE)
@@ -159,6 +236,7 @@ class Holders:
             victim = self._victim()
             if victim is None:
                 return False
+            self._num_taken += 1
             self.move(victim, _E.PREEMPT)
             if victim is sequence:
                 self._num_short -= 1
@@ -168,12 +246,52 @@ class Holders:
                 return True
         return False
 
+    def _make_way(self, hits: list[int], num_blocks: int, num_slots: int) -> bool:
+        """Preempt offline sequences until so many blocks and slots are there, or will be when plans
+        are committed; but nobody if that is not enough. ``hits`` are needed beside those blocks."""
+        blocks = num_blocks - self.blocks.num_available
+        slots = num_slots - len(self._free_slots)
+        if blocks > 0:
+            blocks -= self._num_promised()
+        victims: list[Sequence] = []
+        # Of a block that several have, the last one's end makes it available.
+        taken: Counter[int] = Counter()
+        kept = set(hits)
+        for victim in self._offline_victims() if blocks > 0 or slots > 0 else ():
+            if blocks <= 0 and (slots <= 0 or victim.slot is None):
+                continue
+            victims.append(victim)
+            slots -= victim.slot is not None
+            for block in victim.blocks:
+                taken[block] += 1
+                last = taken[block] == self.blocks.num_references(block)
+                blocks -= last and block not in kept
+        if blocks > 0 or slots > 0:
+            return False
+        for victim in victims:
+            self.move(victim, _E.PREEMPT)
+        return True
+
+    def _offline_victims(self) -> list[Sequence]:
+        """The last in rank first."""
+        found = [
+            sequence
+            for state in (_S.RUNNING, _S.READY)
+            for sequence in self._queues[state].offline()
+            if not self._draws_last(sequence)
+        ]
+        return sorted(found, key=lambda item: item.rank, reverse=True)
+
+    def _draws_last(self, sequence: Sequence) -> bool:
+        """Whether an uncommitted plan draws the last token that it can have here."""
+        return sequence.draws_last_token
+
     def _num_promised(self) -> int:
         """Blocks that come free when the uncommitted plans are committed."""
         ending = [
             sequence
             for sequence in self._queues[_S.RUNNING]
-            if sequence.draws_last_token and sequence.part is not Part.PREFILL
+            if self._draws_last(sequence) and sequence.part is not Part.PREFILL
         ]
         return sum(
             self.blocks.num_references(block) == 1
@@ -220,6 +338,28 @@ class Holders:
         """Of each row of each uncommitted plan."""
         return []
 
+    def load(self, *, num_steps: int, num_finished: int) -> InstanceLoad:
+        """What ``Engine.load`` says."""
+        count = {state: len(queue) for state, queue in self._queues.items()}
+        tally, statistics = self.tally(), self.blocks.statistics()
+        return InstanceLoad(
+            num_waiting=count[_S.WAITING] + count[_S.PREEMPTED],
+            num_running=count[_S.RUNNING] + count[_S.READY],
+            num_pending_kv=count[_S.PENDING_BLOCKS] + count[_S.PENDING_KV],
+            num_held=count[_S.HELD],
+            num_waiting_tokens=tally.waiting_tokens,
+            num_offline_waiting_tokens=tally.offline_waiting_tokens,
+            num_decoding=tally.decoding,
+            num_context_tokens=tally.context,
+            num_offline_decoding=tally.offline_decoding,
+            num_offline_context_tokens=tally.offline_context,
+            num_free_blocks=statistics.num_free,
+            num_cached_blocks=statistics.num_idle,
+            num_steps=num_steps,
+            num_finished=num_finished,
+            num_preemptions=self.num_preemptions,
+        )
+
     def check_integrity(self) -> None:
         """Every block, slot and row is accounted for; raises AssertionError with details."""
         references: dict[int, int] = {}
@@ -241,5 +381,7 @@ class Holders:
                 slots.append(sequence.slot)
             count = rows.count(sequence)
             assert count == sequence.num_plans, f"{name}: {count} plans, {sequence.num_plans} known"
+        offline = sum(sequence.is_offline for sequence in live)
+        assert self.num_offline == offline, f"{offline} offline sequences, {self.num_offline} known"
         assert sorted(slots) == list(range(self._max_num_seqs)), f"slots: {sorted(slots)}"
         self.blocks.check_integrity(references)

@@ -4,8 +4,12 @@ One order rules: rank, i.e. priority, then arrival. A step takes, within
 ``max_num_batched_tokens`` and ``max_num_seqs`` slots,
 
 1. decodes: running and ready sequences with one token to compute;
-2. the next chunks of running prefills;
-3. waiting sequences, as far as slots, budget and memory reach.
+2. the next chunks of running prefills, and waiting sequences as far as slots, budget and memory
+   reach.
+
+Offline work (priority below 0) comes last in this order and takes what online work leaves: it gives
+up slots and blocks before the step where online work wants them, and sits out, or ends for now,
+where a step would else take longer than a target of online work allows.
 
 Several plans: a sequence counts the tokens that uncommitted plans will draw as if it had them
 (``num_in_flight``), so the next step can be planned while one runs.
@@ -21,8 +25,10 @@ from typing import NamedTuple
 from baton.core.config import EngineConfig
 from baton.core.cost_model import CostModel
 from baton.core.philox import uniforms
+from baton.core.request import Part
 from baton.engine.block_manager import BlockManager
 from baton.engine.holders import Holders
+from baton.engine.limits import START_SHARE, Limits
 from baton.engine.plan import SequenceStep, SlotBegin, StepPlan
 from baton.engine.sequence import Sequence
 from baton.engine.states import SequenceEvent, SequenceState
@@ -30,13 +36,6 @@ from baton.engine.states import SequenceEvent, SequenceState
 _S, _E = SequenceState, SequenceEvent
 _RUNNING, _READY = _S.RUNNING, _S.READY
 """A member looked up in its class takes as long as all the rest of a comparison."""
-
-
-TPOT_SHARE = 0.8
-"""Of a TPOT target that a step with prompts in it may take: the way from prefill to decode, and the
-step that it finds running there, take some of it too."""
-_TYPICAL_START = 1024
-"""Tokens before a chunk, where its attention is estimated."""
 
 
 class PlannedRow(NamedTuple):
@@ -69,7 +68,10 @@ class Scheduler(Holders):
         self._plans: deque[tuple[StepPlan, tuple[PlannedRow, ...]]] = deque()
         self._num_steps = 0
         self.cost_model: CostModel | None = None
-        """With it, prompt chunks beside decodes are no larger than their TPOT targets allow."""
+        """With it, prompt chunks and offline work are as large as the targets of online work allow;
+        see ``limits``."""
+        self._kept_slots = 0
+        """Free slots that online sequences will take in this step."""
         self._smallest_chunk = max(16, blocks.block_size // 2)
         self._num_decodes = 0
         """Leading rows of the last plan: those of one token that ``_grow`` made room for."""
@@ -103,10 +105,16 @@ class Scheduler(Holders):
             return None
         while True:
             num_preemptions = self.num_preemptions
+            self._yield_to_online()
             begins: list[SlotBegin] = []
             drafts = self._draft(begins)
             # Blocks that came free at once may let somebody else start.
-            if drafts or self._plans or num_preemptions == self.num_preemptions:
+            if (
+                drafts
+                or self._num_implied()
+                or self._plans
+                or num_preemptions == self.num_preemptions
+            ):
                 break
         if not drafts:
             return None
@@ -121,77 +129,129 @@ class Scheduler(Holders):
         return plan
 
     def _draft(self, begins: list[SlotBegin]) -> list[Draft]:
-        self._num_short = 0
+        self._num_short = self._num_taken = 0
         ready = self._queues[_S.READY]
-        num_victims = len(self._queues[_S.PREEMPTED]) + self.num_preemptions
         order: Iterable[Sequence] = self._running()
         if ready:
             order = heapq.merge(order, list(ready), key=lambda item: item.rank)
-        budget = self._max_num_batched_tokens - self._implied()[0]
+        limits, is_limited = self._limits(), self.cost_model is not None
         drafts: list[Draft] = []
         prefills: list[Sequence] = []
+        later: list[Sequence] = []
         for sequence in order:
             state = sequence.state
             if (state is not _RUNNING and state is not _READY) or sequence.draws_last_token:
                 continue
             if sequence.num_uncomputed > 1:
                 prefills.append(sequence)
+            elif sequence.rank[0] > 0 and state is _READY:
+                later.append(sequence)
+            elif sequence.rank[0] > 0 and not limits.bears(sequence):
+                self.move(sequence, _E.PREEMPT)
             elif (sequence.slot is not None or self._free_slots) and self._grow(sequence):
                 drafts.append(self._row(sequence, 1, begins))
-                budget -= 1
+                if is_limited:
+                    limits.count(sequence, drafts[-1].start)
         self._num_decodes = len(drafts)
-        budget = min(budget, self._chunk_limit(drafts))
-        for sequence in prefills:
-            if budget <= 0:
-                return drafts
-            if sequence.state not in (_RUNNING, _READY):
-                continue
-            if sequence.slot is None and not self._free_slots:
-                continue
-            room = len(sequence.blocks) * self.blocks.block_size - sequence.num_computed
-            chunk = min(sequence.num_uncomputed, budget, room)
-            drafts.append(self._row(sequence, chunk, begins))
-            budget -= chunk
-        if self._num_short or num_victims != (
-            len(self._queues[_S.PREEMPTED]) + self.num_preemptions
-        ):
-            return drafts  # memory is short: nobody new
-        pending = self._queues[_S.PENDING_BLOCKS].first
-        for sequence in list(self._queues[_S.WAITING]):
-            if budget <= 0 or not self._free_slots:
-                break
-            if not self._give_blocks(sequence, ahead=pending):
-                break
-            chunk = min(sequence.num_uncomputed, budget)
-            drafts.append(self._row(sequence, chunk, begins))
-            budget -= chunk
+        for sequence in later:  # offline work that would begin to decode
+            free = len(self._free_slots) > self._kept_slots
+            if free and limits.bears(sequence, START_SHARE) and self._grow(sequence):
+                drafts.append(self._row(sequence, 1, begins))
+                if is_limited:
+                    limits.count(sequence, drafts[-1].start)
+        self._draft_prefills(prefills, limits, drafts, begins)
         return drafts
 
-    def _implied(self) -> tuple[int, int, float | None]:
-        """Decodes of the step that no rows are made for, their context, their tightest target for
-        TPOT; see ``CompactScheduler``."""
-        return 0, 0, None
+    def _draft_prefills(
+        self,
+        prefills: list[Sequence],
+        limits: Limits,
+        drafts: list[Draft],
+        begins: list[SlotBegin],
+    ) -> None:
+        """Chunks of running prefills and of waiting sequences, by rank."""
+        budget = self._max_num_batched_tokens - len(drafts) - self._num_implied()
+        budget = limits.online_chunk(budget)
+        waiting = self._queues[_S.WAITING]
+        # Where memory is short, nobody new.
+        first = None if self._num_short or self._num_taken else waiting.first
+        pending = self._queues[_S.PENDING_BLOCKS].first
+        for sequence in prefills:
+            if sequence.part is not Part.PREFILL:
+                limits.expect(sequence)
+        yields = False
+        at = 0
+        while budget > 0 and (at < len(prefills) or first is not None):
+            if first is None or (at < len(prefills) and prefills[at].rank < first.rank):
+                sequence = prefills[at]
+            else:
+                sequence = first
+            if sequence.rank[0] > 0 and not yields:
+                yields = True  # all that follow are offline too
+                budget = limits.offline_chunk(budget)
+                continue
+            if sequence is first:
+                starts = self._may_start(sequence, limits)
+                if not starts or not self._give_blocks(sequence, ahead=pending):
+                    first = None
+                    continue
+            else:
+                at += 1
+                if sequence.state not in (_RUNNING, _READY):
+                    continue
+                if sequence.slot is None and not self._free_slots:
+                    continue
+            room = len(sequence.blocks) * self.blocks.block_size - sequence.num_computed
+            chunk = min(sequence.num_uncomputed, budget, room)
+            limits.chunk(chunk)
+            drafts.append(self._row(sequence, chunk, begins))
+            budget -= chunk
+            if sequence is first:
+                first = waiting.first
 
-    def _chunk_limit(self, decodes: list[Draft]) -> int:
-        """Prompt tokens that this step may compute beside its decodes."""
-        if self.cost_model is None:
-            return self._max_num_batched_tokens
-        num, context, tightest = self._implied()
-        for draft in decodes:
-            tpot_s = draft.sequence.submission.slo.tpot_s
-            if tpot_s is not None and (tightest is None or tpot_s < tightest):
-                tightest = tpot_s
-        if tightest is None:
-            return self._max_num_batched_tokens
-        context += sum(draft.start for draft in decodes)
-        return self._chunk_beside(tightest, num + len(decodes), context)
+    def _may_start(self, sequence: Sequence, limits: Limits) -> bool:
+        """Whether a waiting sequence may have a slot."""
+        if not self._free_slots:
+            return False
+        if sequence.rank[0] > 0 and sequence.part is not Part.PREFILL:
+            if not limits.bears(sequence, START_SHARE):
+                return False
+            limits.expect(sequence)
+        return True
 
-    def _chunk_beside(self, tpot_s: float, num_decodes: int, context: int) -> int:
-        """So much that the decodes still meet ``tpot_s``; never 0, or prompts would starve."""
-        assert self.cost_model is not None
-        limit_s = tpot_s * TPOT_SHARE
-        chunk = self.cost_model.chunk_for(limit_s, num_decodes, context, _TYPICAL_START)
-        return max(chunk, self._smallest_chunk)
+    def _limits(self) -> Limits:
+        """Of the step that is being planned."""
+        return Limits(self.cost_model, self._smallest_chunk, self.tightest_ttft_s)
+
+    def _num_implied(self) -> int:
+        """Decodes of the step that no rows are made for; see ``CompactScheduler``."""
+        return 0
+
+    def _yield_to_online(self) -> None:
+        """Offline sequences give way where online ones could begin now if they did."""
+        self._kept_slots = num_slots = num_blocks = 0
+        if not self.num_offline:
+            return
+        for sequence in self._queues[_S.READY]:
+            if sequence.is_offline:
+                break
+            if not self._make_way([], 0, num_slots + 1):
+                break
+            num_slots += 1
+        pending = self._queues[_S.PENDING_BLOCKS].first
+        budget = self._max_num_batched_tokens
+        kept: list[int] = []
+        for sequence in self._queues[_S.WAITING]:
+            if sequence.is_offline or budget <= 0:
+                break
+            num_slots += 1
+            hits, num = self._needs(sequence, pending)
+            kept += hits
+            if not self._make_way(kept, num_blocks + num, num_slots):
+                break
+            self._kept_slots += 1
+            num_blocks += self._wants(sequence)[1]
+            budget -= sequence.num_uncomputed
 
     def _row(self, sequence: Sequence, num_tokens: int, begins: list[SlotBegin]) -> Draft:
         """Plan ``num_tokens`` tokens of a sequence, which starts if it does not run yet."""

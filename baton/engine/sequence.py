@@ -95,6 +95,10 @@ class Sequence:
     num_cached_tokens: int | None = None
     """Prompt tokens found in the cache at first; ``None`` before, and again once reported."""
     has_looked_up: bool = False
+    rises_at_s: float | None = None
+    """When offline work ranks as if it had priority 0."""
+    num_offered: int = 0
+    """Leading blocks that were offered to other tiers."""
     prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     request_id: str = dataclasses.field(init=False)
     """Of the submission."""
@@ -159,7 +163,7 @@ class Sequence:
     def take_blocks(self) -> list[int]:
         """Hand over the block table and forget what was computed in it."""
         blocks, self.blocks, self._table = self.blocks, [], ()
-        self.num_registered = self.num_computed = self.num_committed = 0
+        self.num_registered = self.num_computed = self.num_committed = self.num_offered = 0
         self.may_register = True
         self.prompt_logprobs.clear()
         return blocks
@@ -189,6 +193,10 @@ class RankedQueue:
     def first(self) -> Sequence | None:
         """The one whose turn it is."""
         return self._items[0] if self._items else None
+
+    def offline(self) -> list[Sequence]:
+        """Those that yield: the last of all."""
+        return self._items[bisect.bisect_left(self._items, (1, 0), key=_rank) :]
 
     def add(self, sequence: Sequence) -> None:
         """Insert by rank."""

@@ -83,7 +83,7 @@ class Pair:
             prompt_ids=prompt,
             sampling=SamplingParams(temperature=0.0, max_tokens=rng.randint(1, 30)),
             priority=rng.choice((0, 0, 1, -1)),
-            slo=Slo(tpot_s=rng.choice((None, 0.02, 0.03))),
+            slo=Slo(rng.choice((None, 0.3)), rng.choice((None, 0.02, 0.03))),
             rise_after_s=rng.choice((None, 5.0, 20.0)),
         )
         self.tokens[name] = 1000 + number
@@ -193,11 +193,13 @@ class Pair:
             keys = self.keys((stem, *range(100, 99 + MAX_MODEL_LEN)))
             assert theirs.num_cached_blocks(keys) == ours.num_cached_blocks(keys)
         theirs.check_integrity()
+        ours.check_integrity()
 
 
 def _plain(events: Sequence[Event]) -> list[object]:
     """What both tell; of the cache only how much of it changed."""
     told: list[object] = []
+    offered: list[tuple[str, int]] = []
     changes = [0, 0]
     for event in events:
         match event:
@@ -212,11 +214,11 @@ def _plain(events: Sequence[Event]) -> list[object]:
             case Preempted():
                 told.append(event)
             case PrefixComplete():
-                told.append((event.request_id, len(event.keys)))
+                offered.append((event.request_id, len(event.keys)))
             case CacheChanged():
                 for entered, _ in event.changes:
                     changes[entered] += 1
-    return [*told, *([tuple(changes)] if any(changes) else [])]
+    return [*told, *sorted(offered), *([tuple(changes)] if any(changes) else [])]
 
 
 def play(config: EngineConfig, seed: int, costs: CostModel | None = None) -> Pair:
