@@ -65,13 +65,18 @@ def phases(folder: Path, scale: float, clip_output: int) -> tuple[Trace, Trace]:
 
 
 def make_shift(
-    setup: Setup, traces: Sequence[Trace], seconds: float, factor: float, seed: int
+    setup: Setup,
+    traces: Sequence[Trace],
+    seconds: float,
+    factor: float,
+    seed: int,
+    rates: Sequence[float] = (),
 ) -> Shift:
-    """Scale the phases, and put one behind the other."""
+    """Scale the phases (to ``rates``, where they are known), and put one behind the other."""
     undilated = dataclasses.replace(setup, dilation=1.0)
     scenario, _ = undilated.scenario()
-    found, splits = [], []
-    for trace, guess in zip(traces, _GUESSES, strict=True):
+    found, splits = list(rates), []
+    for trace, guess in zip(traces, _GUESSES, strict=True) if not rates else ():
 
         def at(rate: float, trace: Trace = trace) -> Load:
             return Load(in_class(take(trace, rate, seconds, seed=seed)))
@@ -219,6 +224,11 @@ def _base(args: argparse.Namespace, folder: Path) -> Setup:
     )
 
 
+def _rates(text: str) -> tuple[float, ...]:
+    first, second = (float(part) for part in text.split(","))
+    return first, second
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
@@ -231,6 +241,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=22.0, help="of each phase, undilated")
     add("--length-scale", type=float, default=0.25)
     add("--clip-output", type=int, default=512)
+    add("--rates", type=_rates, default=(), help="of the phases, instead of a search: A,B")
     add("--factor", type=float, default=1.0)
     add("--heartbeat", type=float, default=1.0, help="seconds of this machine; so are these two")
     add("--interval", type=float, default=1.0)
@@ -254,10 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="baton-shift-") as folder:
         base = _base(args, Path(folder))
         traces = phases(args.traces, args.length_scale, args.clip_output)
-        shift = make_shift(base, traces, args.seconds, args.factor, args.seed)
+        shift = make_shift(base, traces, args.seconds, args.factor, args.seed, args.rates)
         print(
-            f"rates {shift.rates[0]:.2f}/s (best split {shift.splits[0]}) and "
-            f"{shift.rates[1]:.2f}/s ({shift.splits[1]}), {len(shift.trace)} requests, "
+            f"rates {shift.rates}, best static splits {shift.splits}, {len(shift.trace)} requests, "
             f"targets {base.levels[0].slo}",
             file=sys.stderr,
         )
