@@ -157,7 +157,8 @@ def test_late_binding_costs_messages_and_the_handoff_but_not_the_first_token() -
 def restless(view: RoleView, now: float) -> FlipProposal:
     """Turn the instance of the larger side that had its role for the longest time."""
     sides = [[i for i in view.instances if i.role is r] for r in (Role.PREFILL, Role.DECODE)]
-    longest = min(max(sides, key=len), key=lambda item: (item.since_s, item.instance_id))
+    larger = max(sides, key=lambda side: len(side))
+    longest = min(larger, key=lambda item: (item.since_s, item.instance_id))
     role = Role.DECODE if longest.role is Role.PREFILL else Role.PREFILL
     return FlipProposal(longest.instance_id, role, "always", urgent=True)
 
