@@ -223,6 +223,9 @@ class CompactScheduler(Scheduler):
     def _running(self) -> list[Sequence]:
         return sorted(self._busy, key=lambda item: item.rank)
 
+    def _num_growing(self) -> int:
+        return super()._num_growing() + len(self._full)
+
     def _num_implied(self) -> int:
         return len(self._steady)
 

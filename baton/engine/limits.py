@@ -30,10 +30,12 @@ class Limits:
     """Of one step, while it is being planned."""
 
     __slots__ = (
-        "_expected",
+        "_context_expected",
         "_model",
         "_num_chunk_tokens",
+        "_num_expected",
         "_smallest_chunk",
+        "_tightest_expected_s",
         "_ttft_s",
         "context",
         "num",
@@ -51,8 +53,9 @@ class Limits:
         """Tokens in their cache."""
         self.tightest_s: float | None = None
         """TPOT target of those that are online work."""
-        self._expected = (0, 0)
-        """The same two of sequences that will decode soon."""
+        self._num_expected = self._context_expected = 0
+        self._tightest_expected_s: float | None = None
+        """The same three of sequences that will decode soon."""
         self._num_chunk_tokens = 0
 
     def count(self, sequence: Sequence, context: int) -> None:
@@ -63,32 +66,39 @@ class Limits:
         """Several are; ``tpot_s``: the tightest target of those that are online work."""
         self.num += num
         self.context += context
-        if tpot_s is not None and (self.tightest_s is None or tpot_s < self.tightest_s):
-            self.tightest_s = tpot_s
+        self.tightest_s = _tighter(self.tightest_s, tpot_s)
 
     def expect(self, sequence: Sequence) -> None:
         """It will decode when its prompt is computed."""
-        num, context = self._expected
-        self._expected = (num + 1, context + len(sequence.token_ids))
+        self._num_expected += 1
+        self._context_expected += len(sequence.token_ids)
+        if sequence.rank[0] <= 0:
+            tpot_s = sequence.submission.slo.tpot_s
+            self._tightest_expected_s = _tighter(self._tightest_expected_s, tpot_s)
 
     def chunk(self, num_tokens: int) -> None:
         """A chunk is planned."""
         self._num_chunk_tokens += num_tokens
 
-    def bears(self, sequence: Sequence, share: float = TPOT_SHARE) -> bool:
-        """Whether online decodes meet their targets with this offline sequence beside them."""
-        num, context = self._expected
-        return self._bears(num + 1, context + len(sequence.token_ids) - 1, share)
+    def bears(self, sequence: Sequence) -> bool:
+        """Whether online decodes meet their targets with this offline decode beside them."""
+        return self._bears(1, len(sequence.token_ids) - 1, self.tightest_s, TPOT_SHARE)
 
     def bears_all(self) -> bool:
-        """Whether they meet them with all that is planned."""
-        return self._bears(0, 0, TPOT_SHARE)
+        """Whether they meet them with all decodes that are planned."""
+        return self._bears(0, 0, self.tightest_s, TPOT_SHARE)
 
-    def _bears(self, num: int, context: int, share: float) -> bool:
-        if self._model is None or self.tightest_s is None:
+    def may_start(self, sequence: Sequence) -> bool:
+        """Whether this offline sequence may begin, with regard to all that is to come."""
+        tightest_s = _tighter(self.tightest_s, self._tightest_expected_s)
+        num, context = self._num_expected, self._context_expected
+        return self._bears(num + 1, context + len(sequence.token_ids), tightest_s, START_SHARE)
+
+    def _bears(self, num: int, context: int, tightest_s: float | None, share: float) -> bool:
+        if self._model is None or tightest_s is None:
             return True
         seconds = self._model.decode_s(self.num + num, self.context + context)
-        return seconds <= self.tightest_s * share
+        return seconds <= tightest_s * share
 
     def online_chunk(self, budget: int) -> int:
         """Prompt tokens that the step may compute, of so many."""
@@ -112,3 +122,10 @@ class Limits:
 
     def _chunk_within(self, model: CostModel, limit_s: float) -> int:
         return model.chunk_for(limit_s, self.num, self.context, _TYPICAL_START)
+
+
+def _tighter(one_s: float | None, other_s: float | None) -> float | None:
+    """Of two targets, where there are any."""
+    if one_s is None or other_s is None:
+        return one_s if other_s is None else other_s
+    return min(one_s, other_s)

@@ -28,7 +28,7 @@ from baton.core.philox import uniforms
 from baton.core.request import Part
 from baton.engine.block_manager import BlockManager
 from baton.engine.holders import Holders
-from baton.engine.limits import START_SHARE, Limits
+from baton.engine.limits import Limits
 from baton.engine.plan import SequenceStep, SlotBegin, StepPlan
 from baton.engine.sequence import Sequence
 from baton.engine.states import SequenceEvent, SequenceState
@@ -155,7 +155,7 @@ class Scheduler(Holders):
         self._num_decodes = len(drafts)
         for sequence in later:  # offline work that would begin to decode
             free = len(self._free_slots) > self._kept_slots
-            if free and limits.bears(sequence, START_SHARE) and self._grow(sequence):
+            if free and limits.may_start(sequence) and self._grow(sequence):
                 drafts.append(self._row(sequence, 1, begins))
                 if is_limited:
                     limits.count(sequence, drafts[-1].start)
@@ -208,20 +208,26 @@ class Scheduler(Holders):
             budget -= chunk
             if sequence is first:
                 first = waiting.first
+                if sequence.part is not Part.PREFILL:
+                    limits.expect(sequence)
 
     def _may_start(self, sequence: Sequence, limits: Limits) -> bool:
         """Whether a waiting sequence may have a slot."""
         if not self._free_slots:
             return False
-        if sequence.rank[0] > 0 and sequence.part is not Part.PREFILL:
-            if not limits.bears(sequence, START_SHARE):
-                return False
-            limits.expect(sequence)
-        return True
+        decodes = sequence.part is not Part.PREFILL
+        return not decodes or sequence.rank[0] <= 0 or limits.may_start(sequence)
 
     def _limits(self) -> Limits:
         """Of the step that is being planned."""
         return Limits(self.cost_model, self._smallest_chunk, self.tightest_ttft_s)
+
+    def _num_growing(self) -> int:
+        """Blocks that decodes want in this step."""
+        size = self.blocks.block_size
+        return sum(
+            sequence.num_computed >= len(sequence.blocks) * size for sequence in self._running()
+        )
 
     def _num_implied(self) -> int:
         """Decodes of the step that no rows are made for; see ``CompactScheduler``."""
@@ -240,6 +246,10 @@ class Scheduler(Holders):
             num_slots += 1
         pending = self._queues[_S.PENDING_BLOCKS].first
         budget = self._max_num_batched_tokens
+        first = self._queues[_S.WAITING].first
+        if first is None or first.is_offline:
+            return
+        num_blocks = self._num_growing()
         kept: list[int] = []
         for sequence in self._queues[_S.WAITING]:
             if sequence.is_offline or budget <= 0:

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from baton.core.config import EngineConfig
+from baton.core.cost_model import CostModel, LinkCosts, StepCosts
 from baton.core.request import Submission
 from baton.engine.engine import Engine
 from baton.engine.events import PrefillProgress, Reserved
@@ -18,6 +19,13 @@ from tests.engine.simulated_runner import SimulatedRunner
 
 MAX_MODEL_LEN = 24
 SALT = b"salt"
+COSTS = CostModel(
+    prefill=StepCosts(0.01, 0.001, 0.0),
+    decode=StepCosts(0.005, 0.001, 0.0001),
+    handoff=LinkCosts(0.0, 1.0),
+    kv_bytes_per_token=1.0,
+)
+"""With which a target for TPOT of 0.02 s bears a few decodes."""
 
 configs = st.builds(
     lambda size, blocks, seqs, budget, asynchronous, cache: EngineConfig(

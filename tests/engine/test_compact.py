@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from baton.core.blocks import BlockKey, block_keys
 from baton.core.config import EngineConfig
-from baton.core.cost_model import CostModel, LinkCosts, StepCosts, StepShape
+from baton.core.cost_model import CostModel, StepShape
 from baton.core.request import Part, SamplingParams, Submission
 from baton.core.slo import Slo
 from baton.engine.compact import CompactEngine
@@ -26,15 +26,10 @@ from baton.engine.events import (
 )
 from baton.engine.plan import RowResult, StepPlan, StepResult, shape_of
 from baton.engine.states import SequenceState
+from tests.engine.machine_nodes import COSTS
 
 MAX_MODEL_LEN = 40
 SALT = b"salt"
-COSTS = CostModel(
-    prefill=StepCosts(0.01, 0.001, 0.0),
-    decode=StepCosts(0.005, 0.001, 0.0001),
-    handoff=LinkCosts(0.0, 1.0),
-    kv_bytes_per_token=1.0,
-)
 
 configs = st.builds(
     lambda size, blocks, seqs, budget, cache: EngineConfig(

@@ -7,6 +7,7 @@ copies is the simulated runners' memory. A fetched prefix is written there by th
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from baton.core.config import EngineConfig
 from baton.core.request import Part, SamplingParams, Submission
+from baton.core.slo import Slo
 from baton.engine.events import (
     CacheChanged,
     Event,
@@ -25,14 +27,16 @@ from baton.engine.events import (
 )
 from baton.engine.states import SequenceState
 from tests.engine.expected import Expected
-from tests.engine.machine_nodes import Handoff, Node, configs
+from tests.engine.machine_nodes import COSTS, Handoff, Node, configs
 from tests.engine.simulated_runner import generate
 
 
 class EngineMachine(RuleBasedStateMachine):
-    @initialize(first=configs, second=configs)
-    def build(self, first: EngineConfig, second: EngineConfig) -> None:
+    @initialize(first=configs, second=configs, limited=st.booleans())
+    def build(self, first: EngineConfig, second: EngineConfig, limited: bool) -> None:
         self.nodes = [Node(first), Node(second)]
+        for node in self.nodes:
+            node.engine.set_cost_model(COSTS if limited else None)
         self.handoffs: dict[str, Handoff] = {}
         self.fetches: dict[tuple[int, str], Reserved | None] = {}
         """By node and request: whose prefix is being fetched, and the blocks for it."""
@@ -50,7 +54,9 @@ class EngineMachine(RuleBasedStateMachine):
         greedy=st.booleans(),
         stops=st.booleans(),
         logprobs=st.sampled_from([None, None, None, 0]),
-        priority=st.integers(0, 1),
+        priority=st.integers(-1, 1),
+        rise_after_s=st.sampled_from([None, None, 0.0]),
+        slo=st.sampled_from([Slo(), Slo(), Slo(0.1, 0.02)]),
         tenant=st.sampled_from(["", "", "a"]),
         fetch=st.sampled_from([False, False, True]),
     )
@@ -66,6 +72,8 @@ class EngineMachine(RuleBasedStateMachine):
         stops: bool,
         logprobs: int | None,
         priority: int,
+        rise_after_s: float | None,
+        slo: Slo,
         tenant: str,
         fetch: bool,
     ) -> None:
@@ -85,6 +93,8 @@ class EngineMachine(RuleBasedStateMachine):
             sampling=sampling,
             choice=self.count % 2,
             priority=priority,
+            rise_after_s=rise_after_s,
+            slo=slo,
             tenant=tenant,
         )
         limit = min(node.engine.max_model_len for node in self.nodes)
@@ -276,7 +286,14 @@ class EngineMachine(RuleBasedStateMachine):
                     assert (key in node.told) is not entered
                     (node.told.add if entered else node.told.remove)(key)
                 continue
+            if isinstance(event, PrefixComplete):
+                assert 0 < len(event.keys) == len(event.blocks)
+                current = [int(node.generations[block]) for block in event.blocks]
+                # What a preempted sequence left may be gone by now.
+                assert all(map(operator.le, event.generations, current))
             expected = node.expected.get(event.request_id)
+            if isinstance(event, PrefixComplete) and expected is None:
+                continue
             handoff = self.handoffs.get(event.request_id)
             assert expected is not None, f"{event} of a sequence that has ended"
             if isinstance(event, Preempted):
@@ -302,8 +319,6 @@ class EngineMachine(RuleBasedStateMachine):
                 if handoff:
                     handoff.progress = event
             elif isinstance(event, PrefixComplete):
-                assert list(event.generations) == [int(node.generations[b]) for b in event.blocks]
-                assert 0 < len(event.keys) == len(event.blocks)
                 keys = node.engine.prefix_keys(expected.submission)
                 assert event.keys[: len(keys)] == tuple(keys[: len(event.keys)])
             elif isinstance(event, Reserved):
