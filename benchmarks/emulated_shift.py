@@ -12,8 +12,9 @@ minutes) at the latest: what has not finished is a miss. With the defaults all 1
 hour. ``--simulate`` does the same in the simulator alone, in a minute.
 
 ``--device cpu``: the real engine with the demo model, ``--instances`` 4, one thread each. Costs are
-fitted by ``baton profile`` first (or ``--profile``), times the slow-down of so many instances on
-these cores, and targets are a multiple of them; undilated. 8 runs of about two minutes.
+fitted by ``baton profile`` first (or ``--profile``), times instances per core and ``--slowdown``;
+targets and rates follow from them. With the demo model's steps of a few milliseconds gateway and
+client take much of the cores: ``--model`` of ``qwen3-small`` is more like a device. Undilated. 8 runs of about two minutes.
 
 Writes emulated_shift.json, .md and .png (or real_shift, sim_shift) into benchmarks/results.
 """
@@ -171,18 +172,19 @@ def fitted(folder: Path, engine: Mapping[str, Any], model: Path = DEMO_MODEL) ->
     return path
 
 
-def slowed(profile: Profile, num_instances: int) -> Profile:
-    """So many instances and their clients share these cores."""
+def slowed(profile: Profile, num_instances: int, slowdown: float) -> Profile:
+    """So many instances share these cores, and ``slowdown`` for gateway, client and memory."""
     cores = len(os.sched_getaffinity(0))
-    return dataclasses.replace(profile, cost=profile.cost.dilated(max(1.0, num_instances / cores)))
+    factor = slowdown * max(1.0, num_instances / cores)
+    return dataclasses.replace(profile, cost=profile.cost.dilated(factor))
 
 
-def targets(profile: Profile) -> Slo:
-    """What a machine with room to spare keeps: a TTFT of four full chunks, a TPOT of two full
-    batches."""
+def targets(profile: Profile, longest: int) -> Slo:
+    """What a machine with room to spare keeps: a TTFT of twice the longest prompt's time, and a
+    TPOT of twice a full batch's."""
     cost, seqs = profile.cost, profile.max_num_seqs
-    chunk_s = cost.prefill_s(profile.max_num_batched_tokens)
-    return Slo(round(4 * chunk_s, 3), round(2 * cost.decode_s(seqs, seqs * 300), 4))
+    prefill_s = cost.prefill_s(longest, chunk=profile.max_num_batched_tokens)
+    return Slo(round(2 * prefill_s, 3), round(2 * cost.decode_s(seqs, seqs * 300), 4))
 
 
 REAL_ENGINE = {
@@ -193,7 +195,7 @@ REAL_ENGINE = {
 }
 
 
-def _base(args: argparse.Namespace, folder: Path) -> Setup:
+def _base(args: argparse.Namespace, folder: Path, traces: Sequence[Trace]) -> Setup:
     half = args.instances // 2
     common: dict[str, Any] = {
         "prefill": args.instances - half,
@@ -210,14 +212,17 @@ def _base(args: argparse.Namespace, folder: Path) -> Setup:
             levels=(level,),
             **common,
         )
-    found = args.profile or fitted(folder, REAL_ENGINE)
-    profile = slowed(load_profile(found), args.instances)
+    model = args.model or DEMO_MODEL
+    found = args.profile or fitted(folder, REAL_ENGINE, model)
+    profile = slowed(load_profile(found), args.instances, args.slowdown)
+    longest = max(r.num_prompt_tokens for trace in traces for r in trace)
     path = folder / "slowed.yaml"
     save_profile(profile, path)
-    level = ServiceLevel(ONLINE, targets(profile))
+    level = ServiceLevel(ONLINE, targets(profile, longest))
     return Setup(
         profile=path,
         emulated=False,
+        model=model,
         levels=(level,),
         engine=REAL_ENGINE,
         **common,
@@ -237,6 +242,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--simulate", action="store_true", help="in the simulator alone")
     add("--instances", type=int)
     add("--profile", type=Path)
+    add("--model", type=Path, help="for --device cpu; default: the demo model")
+    add("--slowdown", type=float, default=1.5, help="of real instances by all else on these cores")
     add("--dilation", type=float, default=4.0)
     add("--seconds", type=float, default=22.0, help="of each phase, undilated")
     add("--length-scale", type=float, default=0.25)
@@ -263,8 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring."""
     args = _arguments(argv)
     with tempfile.TemporaryDirectory(prefix="baton-shift-") as folder:
-        base = _base(args, Path(folder))
         traces = phases(args.traces, args.length_scale, args.clip_output)
+        base = _base(args, Path(folder), traces)
         shift = make_shift(base, traces, args.seconds, args.factor, args.seed, args.rates)
         print(
             f"rates {shift.rates}, best static splits {shift.splits}, {len(shift.trace)} requests, "

@@ -291,7 +291,7 @@ def static_best(
             freeze_roles=True,
         )
         start = guess
-        if best is not None:
+        if best is not None and best.goodput_rate > 0:
             # Worth the search only if it beats the best so far.
             start = best.goodput_rate * 1.01
             load = trace_at(start)
