@@ -4,8 +4,8 @@
         [--arrivals compressed,poisson] [--seeds 3] [--half second] [--requests N] [--jobs 2]
 
 8 instances of the derived 910B profile, TTFT 1 s, TPOT 50 ms, goodput at 90 % attainment (failed
-and shed requests are misses). Policies were tuned on the first half of each trace; the second half is
-reported. All policies share queue discipline, chunking and shedding: they are the engine's.
+and shed requests are misses). Policies were tuned on the first half of each trace; the second half
+is reported. All policies share queue discipline, chunking and shedding: they are the engine's.
 ``compressed`` divides the trace's times, so its bursts stay; seeds then only vary which requests
 come first (the half is rotated). ``shift``: Code followed by Conversation with prompt and output
 lengths exchanged, each phase scaled so that its own best static split stands at 90 %, then both by
