@@ -2,7 +2,7 @@
 
     python -m benchmarks.compact_steps
 
-Decoding alone: a batch of 8 and of 400 sequences, prompts of 500 to 4,000 tokens, outputs of 100 to
+Decoding alone: batches of 8, 100 and 400 sequences, prompts of 500 to 4,000 tokens, outputs of 100 to
 1,000; one that ends is followed by a new one, whose KV has "arrived". ``plain``: every step is
 planned; ``leaps``: those that are alike are advanced together.
 """
@@ -68,7 +68,7 @@ class Bench:
 
 def main() -> None:
     """Print a line for each batch."""
-    for batch in (8, 400):
+    for batch in (8, 100, 400):
         bench = Bench(batch)
         bench.run(MIN_SECONDS / 2, leaps=False)
         plain = bench.run(MIN_SECONDS, leaps=False)
