@@ -2,8 +2,8 @@
 
     python -m benchmarks.compact_steps
 
-Decoding alone: batches of 8, 100 and 400 sequences, prompts of 500 to 4,000 tokens, outputs of 100 to
-1,000; one that ends is followed by a new one, whose KV has "arrived". ``plain``: every step is
+Decoding alone: batches of 8, 100 and 400 sequences, prompts of 500 to 4,000 tokens, outputs of 100
+to 1,000; one that ends is followed by a new one, whose KV has "arrived". ``plain``: every step is
 planned; ``leaps``: those that are alike are advanced together.
 """
 
