@@ -14,8 +14,8 @@ hour. ``--simulate`` does the same in the simulator alone, in a minute.
 ``--device cpu``: the real engine with the demo model, ``--instances`` 4, one thread each. Costs are
 fitted by ``baton profile`` first (or ``--profile``), times instances per core and ``--slowdown``;
 targets and rates follow from them. With the demo model's steps of a few milliseconds gateway and
-client take much of the cores: ``--model`` of ``qwen3-small`` is more like a device. Undilated. 8
-runs of about two minutes.
+client take much of the cores: ``--model`` of ``qwen3-small`` is more like a device. Undilated; 7
+runs of at most four minutes.
 
 Writes emulated_shift.json, .md and .png (or real_shift, sim_shift) into benchmarks/results.
 """
