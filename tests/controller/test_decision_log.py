@@ -182,6 +182,6 @@ def test_a_recorded_cluster_is_decided_the_same_again() -> None:
 
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_decisions_do_not_hang_on_the_order_of_sets(seed: str) -> None:
-    line = "from tests.controller.test_event_log import check_recorded; check_recorded()"
+    line = "from tests.controller.test_decision_log import check_recorded; check_recorded()"
     env = {**os.environ, "PYTHONHASHSEED": seed}
     subprocess.run([sys.executable, "-c", line], cwd=ROOT, env=env, check=True, timeout=120)
