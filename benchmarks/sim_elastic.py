@@ -11,7 +11,7 @@ come first (the half is rotated). ``shift``: Code followed by Conversation with 
 lengths exchanged, each phase scaled so that its own best static split stands at 90 %, then both by
 one factor, which is the goodput; 90 % are needed in each phase.
 
-Writes benchmarks/results/sim_elastic.json and .md, and plots beside them.
+Writes benchmarks/results/sim_elastic.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -257,16 +257,53 @@ def main(argv: list[str] | None = None) -> int:
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     text = table(record)
     args.out.with_suffix(".md").write_text(text)
+    plot(record, args.out.with_suffix(".png"))
     print(text)
     return 0
 
 
-def table(record: dict[str, Any]) -> str:
-    """Medians over seeds with their range, and the ratios that the bars are about."""
-    cells: dict[tuple[str, str, str], list[float]] = {}
+Cells = dict[tuple[str, str, str], list[float]]
+"""Goodput by workload, arrivals and policy; a value for each seed."""
+
+
+def cells_of(record: dict[str, Any]) -> Cells:
+    """The results by what they are results of."""
+    cells: Cells = {}
     for row in record["results"]:
         key = (row["workload"], row["arrivals"], row["policy"])
         cells.setdefault(key, []).append(row["goodput_rate"])
+    return cells
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Goodput of each policy over that of ``static-best``, workload by workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = cells_of(record)
+    cases = list(dict.fromkeys(key[:2] for key in cells))
+    policies = [p for p in POLICIES if any(key[2] == p for key in cells)]
+    figure, axes = pyplot.subplots(figsize=(12, 4.5))
+    width = 0.8 / len(policies)
+    for i, policy in enumerate(policies):
+        heights = []
+        for case in cases:
+            base = statistics.median(cells.get((*case, "static-best"), [0.0])) or float("nan")
+            heights.append(statistics.median(cells.get((*case, policy), [0.0])) / base)
+        axes.bar([x + i * width for x in range(len(cases))], heights, width, label=policy)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(cases))])
+    axes.set_xticklabels([f"{workload}\n{arrivals}" for workload, arrivals in cases])
+    axes.set_ylabel("goodput over static-best")
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Medians over seeds with their range, and the ratios that the bars are about."""
+    cells = cells_of(record)
     lines = [
         "| workload | arrivals | policy | goodput (shift: factor) | least..most | slo / it |",
         "|---|---|---|---:|---:|---:|",
