@@ -16,14 +16,13 @@ that order keeps what is cached closed under prefixes, at O(1) a block.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from baton.core.blocks import BlockKey, extend_block_keys
+from baton.core.blocks import BlockKey, extend_block_keys, tenant_salt
 
 _ONE = np.uint64(1)
 
@@ -93,10 +92,7 @@ class BlockManager:
 
     def salt_for(self, *, tenant: str, adapter: str) -> bytes:
         """Root of the keys of one tenant and adapter; the plain salt where both are empty."""
-        if not tenant and not adapter:
-            return self._salt
-        text = f"{len(tenant)}:{tenant}\x1f{len(adapter)}:{adapter}"
-        return hashlib.blake2b(text.encode(), digest_size=16, key=self._salt[:64]).digest()
+        return tenant_salt(self._salt, tenant=tenant, adapter=adapter)
 
     def extend_keys(self, keys: list[BlockKey], token_ids: Sequence[int], *, salt: bytes) -> None:
         """Append to ``keys`` those of the full blocks of ``token_ids`` that it lacks."""

@@ -58,7 +58,6 @@ class EngineLoop(Generic[AnyPlan, AnyResult]):
         clock: for ``now``.
         on_events: called after each commit or admission that produced events, on the loop.
         on_failed: called with the requests that a failed step took down, on the loop.
-        on_step: called with the tokens and the seconds of each step that was computed.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class EngineLoop(Generic[AnyPlan, AnyResult]):
         on_events: Callable[[Sequence[Event]], None],
         on_failed: Callable[[Sequence[str], BaseException], None],
         max_in_flight: int,
-        on_step: Callable[[int, float], None] | None = None,
     ) -> None:
         self._engine: StepEngine[AnyPlan, AnyResult] = engine
         self._runner: Runner[AnyPlan, AnyResult] = runner
@@ -78,7 +76,6 @@ class EngineLoop(Generic[AnyPlan, AnyResult]):
         self._on_events = on_events
         self._on_failed = on_failed
         self._max_in_flight = max_in_flight
-        self._on_step = on_step
         self._wake = asyncio.Event()
         self._stopping = False
         self._failures_in_a_row = 0
@@ -160,8 +157,6 @@ class EngineLoop(Generic[AnyPlan, AnyResult]):
         counters.num_tokens += plan.num_tokens
         counters.execute_s += result.seconds
         self.samples.add(shape_of(plan), result.seconds)
-        if self._on_step is not None:
-            self._on_step(plan.num_tokens, result.seconds)
         if events:
             self._on_events(events)
         counters.host_s += self._clock.now() - started
